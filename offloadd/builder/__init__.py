@@ -1,0 +1,1 @@
+"""A build: its sources in, its steps run, its outputs back."""

@@ -1,0 +1,142 @@
+"""One YAML file with the line of each of its fields.
+
+PyYAML is used in this file alone.  Its safe constructors make the plain values; the nodes are kept long enough to tell each field's line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offloadd.errors import ConfigError, NotFoundError, Problem
+
+FieldPath = tuple["str | int", ...]
+
+MAX_BYTES = 1024 * 1024
+"""A larger file is not one of ours; PyYAML would need minutes for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A file's plain values, and where they stand.
+
+    `lines` maps the path of a field (`("files", 0, "mode")`) to its line, counted from 1.
+    """
+
+    file: str
+    values: dict[str, Any]
+    lines: dict[FieldPath, int]
+
+    def line(self, path: FieldPath) -> int:
+        """The line of `path`, or of the nearest field around it that exists."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without the surprises: `no` and `on` stay words, 22:22 is not a number in base 60, a wrong date is ours to report."""
+
+
+_ODD_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _ODD_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.2's core schema for these two.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+# Without a leading zero: the constructor would read 010 as eight.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^(?:0|[-+]?[1-9][0-9]*)$"), list("-+0123456789"))
+
+
+def read_document(path: Path) -> Document:
+    """Read one file.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ConfigError: it cannot be read, is no YAML, is no mapping, or names a key twice.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError([Problem(file=str(path), line=0, field="", message=f"larger than {MAX_BYTES} bytes")])
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError("no such file", subject=str(path)) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror or str(exc) if isinstance(exc, OSError) else f"not UTF-8 at byte {exc.start}"
+        raise ConfigError([Problem(file=str(path), line=0, field="", message=reason)]) from exc
+    return parse_document(text, str(path))
+
+
+def parse_document(text: str, file: str) -> Document:
+    """As `read_document`, for a text that is there already; `file` is its name in messages."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        line = mark.line + 1 if mark else 0
+        raise ConfigError([Problem(file=file, line=line, field="", message=f"not valid YAML: {exc.problem}")]) from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError([Problem(file=file, line=0, field="", message=f"not valid YAML: {exc}")]) from exc
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError([Problem(file=file, line=1, field="", message="expected `key: value` lines")])
+    problems = list(_odd_keys(node, file, ()))
+    if problems:
+        raise ConfigError(problems)
+    try:
+        values = _construct(text)
+    except (yaml.YAMLError, ValueError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        what = getattr(exc, "problem", None) or str(exc)
+        raise ConfigError([Problem(file=file, line=mark.line + 1 if mark else 0, field="", message=f"not valid YAML: {what}")]) from exc
+    return Document(file=file, values=values, lines=dict(_lines(node, ())))
+
+
+def _construct(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with fewer implicit types
+    return values
+
+
+def _odd_keys(node: yaml.Node, file: str, path: FieldPath) -> Iterator[Problem]:
+    """Keys that stand twice or are no scalars, and aliases to themselves (PyYAML would recurse)."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                yield Problem(file=file, line=line, field=field_name(path), message="a key must be a word")
+                continue
+            if key.value in seen:
+                yield Problem(
+                    file=file, line=line, field=field_name((*path, key.value)), message=f"stands twice (first on line {seen[key.value]})"
+                )
+            seen[key.value] = line
+            yield from _odd_keys(value, file, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _odd_keys(item, file, (*path, index))
+
+
+def _lines(node: yaml.Node, path: FieldPath) -> Iterator[tuple[FieldPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*path, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*path, index), item.start_mark.line + 1
+            yield from _lines(item, (*path, index))
+
+
+def field_name(path: FieldPath) -> str:
+    """`files[0].mode`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

@@ -1,0 +1,1 @@
+"""The daemon: owns the machines, queues the builds, answers the API."""

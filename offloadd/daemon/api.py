@@ -1,0 +1,211 @@
+"""The HTTP API.  What takes long answers with JSON lines: {"event": "phase", ...}*, then {"event": "done", ...} or {"event": "error", ...}.
+
+FastAPI is used in this folder alone; its description of the API is at /openapi.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+
+from offloadd import __version__
+from offloadd.daemon import views
+from offloadd.daemon.service import Service
+from offloadd.errors import (
+    ConfigError,
+    NoMachineError,
+    NotAllowedError,
+    NotFoundError,
+    OffloadError,
+    UsageError,
+)
+from offloadd.model.recipe import BuildRequest
+from offloadd.process import Progress
+
+_HTTP_STATUS: dict[type[OffloadError], int] = {
+    UsageError: 400,
+    NotAllowedError: 403,
+    NotFoundError: 404,
+    NoMachineError: 409,
+    ConfigError: 422,
+}
+JSON_LINES = "application/x-ndjson"
+
+Work = Callable[[Progress], Awaitable[dict[str, Any]]]
+
+
+def make_api(service: Service) -> FastAPI:
+    """The application for one service."""
+    api = FastAPI(title="offload", version=__version__, docs_url=None, redoc_url=None)
+    _add_errors(api)
+    _add_activity(api, service)
+    _add_daemon(api, service)
+    _add_machines(api, service)
+    _add_images(api, service)
+    _add_builds(api, service)
+    return api
+
+
+def _add_errors(api: FastAPI) -> None:
+    @api.exception_handler(OffloadError)
+    async def ours(_: Request, exc: OffloadError) -> JSONResponse:
+        status = next((code for kind, code in _HTTP_STATUS.items() if isinstance(exc, kind)), 503)
+        return JSONResponse(exc.to_json(), status_code=status)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, exc: RequestValidationError) -> JSONResponse:
+        problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+        return JSONResponse(UsageError(f"the request is wrong: {problems}").to_json(), status_code=400)
+
+
+def _add_activity(api: FastAPI, service: Service) -> None:
+    @api.middleware("http")
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
+        service.touch()
+        return await call_next(request)
+
+
+def _add_daemon(api: FastAPI, service: Service) -> None:
+    @api.get("/v1/status")
+    async def status() -> dict[str, Any]:
+        return views.status_view(service)
+
+    @api.post("/v1/stop")
+    async def stop() -> dict[str, Any]:
+        """Stop the daemon, its builds and its machines."""
+        service.stop()
+        return {"pid": service.pid}
+
+
+def _add_machines(api: FastAPI, service: Service) -> None:
+    @api.get("/v1/machines")
+    async def machines() -> list[dict[str, Any]]:
+        library = service.workshop.library()
+        return [views.machine_row(service, machine) for _, machine in sorted(library.machines.items())]
+
+    @api.get("/v1/machines/{name}")
+    async def machine(name: str) -> dict[str, Any]:
+        return views.machine_view(service, service.workshop.library().machine(name))
+
+    @api.post("/v1/machines/{name}/start")
+    async def start(name: str) -> StreamingResponse:
+        async def work(progress: Progress) -> dict[str, Any]:
+            await service.machines.start(name, progress)
+            return views.machine_view(service, service.workshop.library().machine(name))
+
+        service.workshop.library().machine(name)
+        return _stream(service, work)
+
+    @api.post("/v1/machines/{name}/stop")
+    async def stop(name: str) -> dict[str, Any]:
+        await service.machines.stop(name)
+        return views.machine_row(service, service.workshop.library().machine(name))
+
+
+def _add_images(api: FastAPI, service: Service) -> None:
+    shop = service.workshop
+
+    @api.get("/v1/images")
+    async def images() -> list[dict[str, Any]]:
+        return await views.image_rows(shop)
+
+    @api.get("/v1/images/{name}")
+    async def image(name: str) -> dict[str, Any]:
+        return await views.image_view(shop, name)
+
+    @api.post("/v1/images/{name}/build")
+    async def build(name: str, rebuild: bool = False) -> StreamingResponse:
+        library = shop.library()
+        library.image(name)
+
+        async def work(progress: Progress) -> dict[str, Any]:
+            return (await shop.image(library, name, progress, rebuild=rebuild)).to_json()
+
+        return _stream(service, work)
+
+    @api.delete("/v1/images/{name}")
+    async def remove(name: str) -> list[str]:
+        service.check_image_unused(name)
+        return [image.digest for image in await shop.images.remove(name)]
+
+    @api.post("/v1/images/gc")
+    async def gc() -> dict[str, Sequence[str]]:
+        """Remove images that no recipe describes any more and no instance uses, and environments that no build used lately."""
+        return await service.collect_garbage()
+
+    @api.get("/v1/environments")
+    async def environments() -> list[dict[str, Any]]:
+        return await views.environment_rows(shop)
+
+
+def _add_builds(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/builds", status_code=201)
+    async def create(request: BuildRequest) -> dict[str, str]:
+        return {"build": service.builds.create(request)}
+
+    @api.put("/v1/builds/{build}/source", status_code=202)
+    async def source(build: str, request: Request) -> dict[str, str]:
+        await service.builds.take_source(build, request.stream())
+        return {"build": build}
+
+    @api.get("/v1/builds")
+    async def builds(limit: int = 50) -> list[dict[str, Any]]:
+        return [views.build_row(row) for row in service.workshop.database.builds(limit=min(limit, 1000))]
+
+    @api.get("/v1/builds/{build}")
+    async def build(build: str) -> dict[str, Any]:
+        return views.build_view(service.workshop.database.build(build))
+
+    @api.get("/v1/builds/{build}/events")
+    async def events(build: str) -> StreamingResponse:
+        return StreamingResponse(service.builds.events(build), media_type=JSON_LINES)
+
+    @api.get("/v1/builds/{build}/outputs")
+    async def outputs(build: str) -> FileResponse:
+        """The outputs as a tar."""
+        path = service.builds.folder(build) / "outputs.tar"
+        if not path.exists():
+            raise NotFoundError("has no outputs", subject=build)
+        return FileResponse(path, media_type="application/x-tar")
+
+    @api.post("/v1/builds/{build}/cancel")
+    async def cancel(build: str) -> dict[str, Any]:
+        await service.builds.cancel(build)
+        return views.build_row(service.workshop.database.build(build))
+
+
+def _stream(service: Service, work: Work) -> StreamingResponse:
+    """Run `work` beside the response; a client that goes away cancels it."""
+    send, receive = trio.open_memory_channel[dict[str, Any]](100)
+    scope = trio.CancelScope()
+
+    def progress(text: str, fraction: float | None) -> None:
+        try:
+            send.send_nowait({"event": "phase", "text": text, "fraction": fraction})
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            pass  # a reader that is slow misses progress, nothing else
+
+    async def run() -> None:
+        with scope, send:
+            try:
+                done = {"event": "done", **await work(progress)}
+            except OffloadError as exc:
+                done = {"event": "error", **exc.to_json()}
+            await send.send(done)
+
+    async def lines() -> AsyncIterator[bytes]:
+        service.nursery.start_soon(run)
+        try:
+            with receive:
+                async for event in receive:
+                    yield json.dumps(event).encode() + b"\n"
+        finally:
+            scope.cancel()
+
+    return StreamingResponse(lines(), media_type=JSON_LINES)

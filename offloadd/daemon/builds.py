@@ -1,0 +1,186 @@
+"""The builds: taken, queued, run, cancelled, kept."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import AsyncIterable, AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from offloadd.daemon.events import EventLog, read_events
+from offloadd.daemon.machines import Machines
+from offloadd.daemon.perform import ActiveBuild, perform
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import (
+    BuildFailedError,
+    BuildTimeoutError,
+    CancelledError,
+    HostError,
+    MachineLostError,
+    OffloadError,
+    UsageError,
+)
+from offloadd.model.quantity import format_date
+from offloadd.model.recipe import BuildRequest
+from offloadd.model.state import BuildState
+from offloadd.process import full_disk, is_disk_full
+from offloadd.route import find_route
+from offloadd.store.database import BuildRow
+
+log = structlog.get_logger()
+
+KEPT_BUILDS = 200
+"""Builds whose logs and outputs are kept."""
+
+
+class Builds:
+    """All builds.  `nursery` owns their tasks."""
+
+    def __init__(self, workshop: Workshop, machines: Machines, nursery: trio.Nursery) -> None:
+        self._workshop = workshop
+        self._machines = machines
+        self._nursery = nursery
+        self._active: dict[str, ActiveBuild] = {}
+        self._slots: dict[str, trio.CapacityLimiter] = {}
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def folder(self, build: str) -> Path:
+        return self._workshop.paths.builds / self._workshop.database.build(build).id
+
+    def create(self, request: BuildRequest) -> str:
+        """Take a request; its source comes next.
+
+        Raises:
+            NotFoundError, NoMachineError: nobody could do it, so that the source need not be sent.
+        """
+        library = self._workshop.library()
+        if request.machine:
+            library.machine(request.machine)
+        find_route(request, library.machines.values())
+        build = secrets.token_hex(4)
+        folder = self._workshop.paths.builds / build
+        folder.mkdir(mode=0o700, parents=True)
+        self._workshop.database.add_build(build, request.recipe.name, request.recipe.version, request.to_json())
+        self._active[build] = ActiveBuild(build, request, folder, EventLog(folder / "events.ndjson"))
+        self._drop_old()
+        return build
+
+    async def take_source(self, build: str, pieces: AsyncIterable[bytes]) -> None:
+        """Take the source as a tar and queue the build."""
+        active = self._find_active(build)
+        if self._workshop.database.build(build).state is not BuildState.CREATED:
+            raise UsageError("has its source already", subject=build)
+        try:
+            async with await trio.open_file(active.source, "wb") as file:
+                async for piece in pieces:
+                    await file.write(piece)
+        except OSError as exc:
+            self._nursery.start_soon(self._run, active)
+            active.cancelled = "its source could not be stored"
+            active.scope.cancel()
+            raise full_disk(build, active.folder) if is_disk_full(exc) else HostError(f"cannot store the source: {exc}") from exc
+        self._move(active, BuildState.QUEUED)
+        self._nursery.start_soon(self._run, active)
+
+    async def cancel(self, build: str, why: str = "cancelled by its user") -> None:
+        """Cancel a build and wait until nothing of it is left; nothing happens when it has ended already."""
+        if self._workshop.database.build(build).state.final:
+            return
+        active = self._find_active(build)
+        active.cancelled = active.cancelled or why
+        active.scope.cancel()
+        if self._workshop.database.build(build).state is BuildState.CREATED:
+            self._nursery.start_soon(self._run, active)
+        await active.ended.wait()
+
+    async def drain(self, limit_s: float) -> None:
+        """Let builds that run end within the limit, then cancel them."""
+        with trio.move_on_after(limit_s):
+            for active in list(self._active.values()):
+                await active.ended.wait()
+        async with trio.open_nursery() as nursery:
+            for build in list(self._active):
+                nursery.start_soon(self.cancel, build, "the daemon was stopped")
+
+    def events(self, build: str) -> AsyncIterator[bytes]:
+        """What happened in the build as JSON lines, to its end."""
+        folder = self.folder(build)
+        active = self._active.get(build)
+        return active.events.follow() if active else read_events(folder / "events.ndjson")
+
+    def reconcile(self) -> None:
+        """Builds of an earlier daemon are lost: say so."""
+        for row in self._workshop.database.builds(limit=10_000, open_only=True):
+            error = MachineLostError("the daemon ended during the build", subject=row.id, hint="offload build again")
+            events = EventLog(self._workshop.paths.builds / row.id / "events.ndjson") if self.folder(row.id).is_dir() else None
+            result = self._summary(row) | {"state": BuildState.ERRORED, "error": error.to_json()}
+            self._workshop.database.move_build(row.id, BuildState.ERRORED, result=result)
+            if events:
+                events.append("error", **error.to_json())
+                events.append("end", state=BuildState.ERRORED, exit_status=error.exit_status, result=result)
+                events.close()
+
+    def _find_active(self, build: str) -> ActiveBuild:
+        row = self._workshop.database.build(build)
+        if row.id not in self._active:
+            raise UsageError(f"has ended ({row.state})", subject=build)
+        return self._active[row.id]
+
+    def _move(self, active: ActiveBuild, state: BuildState, **changes: Any) -> None:
+        self._workshop.database.move_build(active.id, state, **changes)
+        active.events.append("state", state=state, machine=changes.get("machine", active.result.get("machine", "")))
+
+    def _drop_old(self) -> None:
+        """Forget the files of the oldest builds; their rows stay."""
+        for row in self._workshop.database.builds(limit=KEPT_BUILDS + 50)[KEPT_BUILDS:]:
+            if row.state.final:
+                shutil.rmtree(self._workshop.paths.builds / row.id, ignore_errors=True)
+
+    async def _run(self, active: ActiveBuild) -> None:
+        """One build from the queue to its end; nothing it does ends another."""
+        state = BuildState.CANCELLED
+        error: OffloadError | None = None
+        active.result = self._summary(self._workshop.database.build(active.id))
+        try:
+            with active.scope:
+                await perform(active, self._workshop, self._machines, self._slots, self._move)
+                state = BuildState.SUCCEEDED
+        except BuildFailedError as exc:
+            state, error = BuildState.FAILED, exc
+        except BuildTimeoutError as exc:
+            state, error = BuildState.TIMED_OUT, exc
+        except OffloadError as exc:
+            state, error = BuildState.ERRORED, exc
+        except OSError as exc:
+            state, error = BuildState.ERRORED, full_disk(active.id, active.folder) if is_disk_full(exc) else HostError(str(exc))
+        finally:
+            self._end(active, state, error)
+
+    def _end(self, active: ActiveBuild, state: BuildState, error: OffloadError | None) -> None:
+        if state is BuildState.CANCELLED:
+            error = CancelledError(active.cancelled or "cancelled", subject=active.request.recipe.name)
+        if error is not None:
+            error.subject = error.subject or active.request.recipe.name
+            active.result["error"] = error.to_json()
+            active.events.append("error", **error.to_json())
+        active.result |= {"state": state, "ended": format_date(datetime.now(UTC))}
+        (active.folder / "build.json").write_text(json.dumps(active.result, indent=2) + "\n")
+        self._workshop.database.move_build(active.id, state, result=active.result)
+        active.events.append("end", state=state, exit_status=error.exit_status if error else 0, result=active.result)
+        active.events.close()
+        for scratch in active.folder.glob("source*.tar"):
+            scratch.unlink()
+        del self._active[active.id]
+        active.ended.set()
+        log.info("build ended", build=active.id, name=active.request.recipe.name, state=state)
+
+    def _summary(self, row: BuildRow) -> dict[str, Any]:
+        return {"build": row.id, "name": row.name, "version": row.version, "created": row.created}

@@ -1,0 +1,65 @@
+"""What happened in a build, in order: one file of JSON lines, followed by any number of readers.
+
+The file is the buffer: a reader that is slow costs no memory, and one that comes late misses nothing.
+
+Events are objects with a field `event`:
+    state    {"state": ..., "machine": ...}
+    phase    {"text": ..., "fraction": 0..1 or null}      progress of what is being done
+    step     {"index": 1, "count": 3, "command": ...}
+    log      {"text": ...}                                what the build printed
+    error    as `OffloadError.to_json`
+    end      {"state": ..., "exit_status": ..., "result": {...}}    always the last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+PIECE = 64 * 1024
+
+
+class EventLog:
+    """The events of one build."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._more = trio.lowlevel.ParkingLot()
+        self._file = path.open("ab", buffering=0)
+        self.closed = False
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add one event; a build that has ended takes no more."""
+        if not self.closed:
+            self._file.write(json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n")
+            self._more.unpark_all()
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+        self._more.unpark_all()
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """Pieces of the file from its beginning, until it is closed and read to its end."""
+        with self._path.open("rb") as file:
+            while True:
+                if piece := file.read(PIECE):
+                    yield piece
+                elif self.closed:
+                    return
+                else:
+                    await self._more.park()
+
+
+async def read_events(path: Path) -> AsyncIterator[bytes]:
+    """The events of a build that an earlier daemon ran."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
+            await trio.lowlevel.checkpoint()

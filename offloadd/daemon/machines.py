@@ -1,0 +1,217 @@
+"""The machines that their users start: each one task, from "starting" to its end."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+import trio
+
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import NotFoundError, OffloadError
+from offloadd.guest.open import open_guest
+from offloadd.guest.secret_root import SecretRoot
+from offloadd.guest.ssh import Guest
+from offloadd.model.machine import Machine
+from offloadd.model.state import MachineState
+from offloadd.process import Progress, silent
+from offloadd.vm.instance import Instance, adopt_instance, open_instance
+from offloadd.vm.record import InstanceRecord, read_record
+
+KEPT_LOGS = 10
+"""Runs of a machine whose console logs are kept."""
+
+log = structlog.get_logger()
+
+
+class RunningMachine:
+    """One machine between its start and its end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.instance: Instance | None = None
+        self.guest: Guest | None = None
+        self.secrets: SecretRoot | None = None
+        self.error: OffloadError | None = None
+        self.phase: tuple[str, float | None] = ("starting", None)
+        self.scope = trio.CancelScope()
+        self.changed = trio.lowlevel.ParkingLot()
+        self.ended = trio.Event()
+
+    def tell(self, text: str, fraction: float | None = None) -> None:
+        self.phase = (text, fraction)
+        self.changed.unpark_all()
+
+
+class Machines:
+    """All machines that run for their users.  `nursery` owns their tasks."""
+
+    def __init__(self, workshop: Workshop, nursery: trio.Nursery) -> None:
+        self._workshop = workshop
+        self._nursery = nursery
+        self._running: dict[str, RunningMachine] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def find(self, name: str) -> RunningMachine | None:
+        """The machine when it is ready to be used."""
+        found = self._running.get(name)
+        return found if found and found.guest else None
+
+    async def start(self, name: str, progress: Progress = silent) -> RunningMachine:
+        """Start the machine, or join a start that is under way; returns when one can talk to it.
+
+        Raises:
+            NotFoundError, ConfigError, NoMachineError, HostError, ImageError, BootError, ...
+        """
+        library = self._workshop.library()
+        machine = library.machine(name)
+        running = self._running.get(name)
+        if running is None:
+            running = self._running[name] = RunningMachine(name)
+            self._nursery.start_soon(self._own, running, machine)
+        while running.guest is None:
+            progress(*running.phase)
+            if running.ended.is_set():
+                raise running.error or OffloadError("was stopped while it started", subject=name)
+            await running.changed.park()
+        return running
+
+    async def stop(self, name: str) -> None:
+        """Stop the machine politely and wait for its end.
+
+        Raises:
+            NotFoundError: it does not run.
+        """
+        running = self._running.get(name)
+        if running is None:
+            self._workshop.library().machine(name)
+            raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
+        self._move(name, MachineState.STOPPING)
+        if running.instance is not None and running.guest is not None:
+            await running.instance.stop()
+        else:
+            running.scope.cancel()
+        await running.ended.wait()
+
+    async def stop_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for name in list(self._running):
+                nursery.start_soon(self.stop, name)
+
+    async def _own(self, running: RunningMachine, machine: Machine) -> None:
+        name = running.name
+        self._move(name, MachineState.STARTING)
+        log.info("machine starting", machine=name)
+        try:
+            with running.scope:
+                await self._boot_and_wait(running, machine)
+        except OffloadError as exc:
+            running.error = exc
+        finally:
+            self._forget(running)
+
+    async def _boot_and_wait(self, running: RunningMachine, machine: Machine) -> None:
+        shop = self._workshop
+        plan = await shop.plan(machine, shop.library(), running.tell)
+        running.secrets = shop.secrets(machine)
+        with shop.cores.share(plan.cpu_count) as cores:
+            running.tell("starting QEMU")
+            opened = open_instance(
+                plan, instances=shop.paths.instances, logs=self._log_folder(machine.name), bridge=shop.bridge, cores=cores, purpose="machine"
+            )
+            async with opened as running.instance:
+                await self._serve(running, adopted=False)
+
+    async def _serve(self, running: RunningMachine, *, adopted: bool) -> None:
+        """From a running QEMU to its end."""
+        assert running.instance is not None and running.secrets is not None
+        async with AsyncExitStack() as stack:
+            opened = open_guest(running.instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
+            guest = await stack.enter_async_context(opened)
+            self._move(running.name, MachineState.RUNNING)
+            running.guest = guest
+            running.tell("ready", 1.0)
+            log.info("machine running", machine=running.name, ports=running.instance.record.ports)
+            await running.instance.wait_ended()
+
+    def _forget(self, running: RunningMachine) -> None:
+        """Note how it ended, whatever the way."""
+        outcome = running.instance.outcome if running.instance else None
+        if running.error is not None:
+            crashed = outcome is not None and outcome.state is MachineState.CRASHED
+            state = MachineState.CRASHED if crashed else MachineState.STOPPED
+            reason, detail = running.error.what, running.error.detail
+        elif outcome is not None:
+            state, reason, detail = outcome.state, outcome.reason, outcome.detail
+        else:
+            state, reason, detail = MachineState.STOPPED, "stopped by us", ""
+        self._move(running.name, state, reason, detail if state is MachineState.CRASHED or running.error else "")
+        log.info("machine ended", machine=running.name, state=state, reason=reason)
+        running.guest = None
+        del self._running[running.name]
+        running.ended.set()
+        running.changed.unpark_all()
+
+    def _move(self, name: str, state: MachineState, reason: str = "", detail: str = "") -> None:
+        database = self._workshop.database
+        if database.machine(name).state is not state:
+            try:
+                database.move_machine(name, state, reason, detail)
+            except ValueError as exc:
+                # A guest that powers off while we ask it to: both are true, the first to be seen stays.
+                log.warning("state not moved", machine=name, error=str(exc))
+
+    def _log_folder(self, name: str) -> Path:
+        folder = self._workshop.paths.logs / name
+        for old in sorted(folder.glob("*"))[: -KEPT_LOGS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+
+    async def reconcile(self) -> None:
+        """Bring what an earlier daemon left to rest: adopt its users' machines, end the machines of its builds."""
+        left = sorted(self._workshop.paths.instances.glob("*"))
+        names = set()
+        for directory in left:
+            record = read_record(directory / "instance.json")
+            adoptable = record is not None and record.purpose == "machine" and record.plan.machine in self._workshop.library().machines
+            if record is not None and adoptable:
+                names.add(record.plan.machine)
+                running = self._running[record.plan.machine] = RunningMachine(record.plan.machine)
+                self._nursery.start_soon(self._adopt, running, directory, record)
+            else:
+                await self._end_left(directory)
+        for row in self._workshop.database.machines():
+            busy = row.state in (MachineState.STARTING, MachineState.RUNNING, MachineState.STOPPING)
+            if busy and row.name not in names:
+                self._move(row.name, MachineState.CRASHED, "the daemon ended while it ran, and so did it")
+
+    async def _adopt(self, running: RunningMachine, directory: Path, record: InstanceRecord) -> None:
+        shop = self._workshop
+        machine = shop.library().machine(running.name)
+        try:
+            with running.scope, shop.cores.hold(record.cores):
+                running.secrets = shop.secrets(machine)
+                async with adopt_instance(directory, logs=self._log_folder(running.name), bridge=shop.bridge) as running.instance:
+                    if running.instance is None:
+                        raise OffloadError("ended while no daemon ran", subject=running.name)
+                    log.info("machine adopted", machine=running.name, pid=record.pid)
+                    # The earlier daemon may have been killed before it sent the secrets.
+                    fresh = shop.database.machine(running.name).state is MachineState.STARTING
+                    await self._serve(running, adopted=not fresh)
+        except OffloadError as exc:
+            running.error = exc
+        finally:
+            self._forget(running)
+
+    async def _end_left(self, directory: Path) -> None:
+        logs = self._workshop.paths.logs / "lost" / directory.name
+        try:
+            async with adopt_instance(directory, logs=logs, bridge=self._workshop.bridge):
+                log.info("ended what an earlier daemon left", instance=directory.name)
+        except OffloadError as exc:
+            log.warning("ended what an earlier daemon left", instance=directory.name, error=str(exc))

@@ -1,0 +1,141 @@
+"""The daemon's nurseries: store and reconcile > machines > builds > API.
+
+Nesting is the start order, unnesting the stop order: no new requests, then the builds end, then the machines.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+import trio
+
+from offloadd.bridge import open_bridge
+from offloadd.daemon.builds import Builds
+from offloadd.daemon.machines import Machines
+from offloadd.daemon.workshop import Workshop
+from offloadd.environment.store import EnvironmentStore
+from offloadd.errors import NotAllowedError, OffloadError
+from offloadd.image.store import ImageStore
+from offloadd.paths import Paths, make_private
+from offloadd.store.database import open_database
+from offloadd.vm.pinning import Cores
+from offloadd.vm.record import read_records
+
+DRAIN_S = 10.0
+"""How long builds may go on after the daemon was told to stop."""
+KEEP_ENVIRONMENTS_S = 30 * 24 * 3600.0
+"""An environment that no build has used for this long is garbage."""
+
+log = structlog.get_logger()
+
+
+class Service:
+    """What the API works with."""
+
+    def __init__(self, workshop: Workshop, machines: Machines, builds: Builds, nursery: trio.Nursery, idle_timeout_s: float) -> None:
+        self.workshop = workshop
+        self.machines = machines
+        self.builds = builds
+        self.nursery = nursery
+        self.idle_timeout_s = idle_timeout_s
+        self.pid = os.getpid()
+        self.started = time.time()
+        self.stopping = trio.Event()
+        self._last_used = trio.current_time()
+
+    def touch(self) -> None:
+        """Somebody uses the daemon."""
+        self._last_used = trio.current_time()
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    async def stop_when_idle(self) -> None:
+        """Stop when nothing runs and nobody has asked for anything for `idle_timeout_s` (0: never)."""
+        while self.idle_timeout_s:
+            if len(self.machines) or len(self.builds) or len(self.nursery.child_tasks) > 1:
+                self.touch()
+            rest = self._last_used + self.idle_timeout_s - trio.current_time()
+            if rest <= 0:
+                log.info("idle: ending")
+                self.stop()
+                return
+            await trio.sleep(min(rest, 10))
+
+    async def start_declared(self) -> None:
+        """Start the machines with `auto-start`."""
+        for name, machine in self.workshop.library().machines.items():
+            if machine.auto_start and self.machines.find(name) is None:
+                try:
+                    await self.machines.start(name)
+                except OffloadError as exc:
+                    log.error("auto-start failed", machine=name, error=str(exc))
+
+    def check_image_unused(self, name: str) -> None:
+        """Raise `NotAllowedError` when an instance runs on the image."""
+        for record in read_records(self.workshop.paths.instances):
+            if name in (record.plan.boot.image, record.plan.boot.digest):
+                raise NotAllowedError(f"{record.plan.instance} runs on it", subject=name, hint=f"offload vm stop {record.plan.instance}")
+
+    async def collect_garbage(self) -> dict[str, Sequence[str]]:
+        """Remove images and environments that nobody needs; the digests that went."""
+        shop, library = self.workshop, self.workshop.library()
+        keep = {record.plan.boot.digest for record in read_records(shop.paths.instances)}
+        keep |= {await shop.images.digest(recipe, library.folders[name]) for name, recipe in library.images.items()}
+        used = {
+            row.result["environment"]
+            for row in shop.database.builds(limit=10_000)
+            if "environment" in row.result and (row.ended is None or time.time() - row.ended < KEEP_ENVIRONMENTS_S)
+        }
+        if len(self.builds):
+            used |= {environment.digest for environment in shop.environments.list()}
+        return {"images": await shop.images.gc(keep), "environments": await shop.environments.gc(used)}
+
+
+@asynccontextmanager
+async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[Service]:
+    """All of the daemon but its socket; leaving the block ends every build and every machine."""
+    for folder in (paths.state, paths.cache, paths.builds, paths.instances, paths.logs):
+        make_private(folder)
+    with open_database(paths.database) as database:
+        async with open_bridge() as bridge, trio.open_nursery() as machine_nursery:
+            workshop = Workshop(
+                paths=paths,
+                bridge=bridge,
+                database=database,
+                images=ImageStore(paths.cache / "images"),
+                environments=EnvironmentStore(paths.cache / "environments"),
+                cores=Cores(),
+            )
+            machines = Machines(workshop, machine_nursery)
+            await machines.reconcile()
+            async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
+                builds = Builds(workshop, machines, build_nursery)
+                builds.reconcile()
+                service = Service(workshop, machines, builds, request_nursery, idle_timeout_s)
+                request_nursery.start_soon(service.stop_when_idle)
+                request_nursery.start_soon(service.start_declared)
+                try:
+                    yield service
+                finally:
+                    with trio.CancelScope(shield=True):
+                        request_nursery.cancel_scope.cancel()
+                        await builds.drain(DRAIN_S if service.stopping.is_set() else 0)
+                        await machines.stop_all()
+
+
+def socket_in_use(path: Path) -> bool:
+    """Whether a daemon answers there."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,87 @@
+"""What machines and builds need beforehand: a plan with its image, an environment's disk, fetched sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offloadd.bridge import Bridge
+from offloadd.builder.fetch import fetch_sources
+from offloadd.config.library import Library, load_library
+from offloadd.environment.recipe import environment_recipe
+from offloadd.environment.store import Environment, EnvironmentStore
+from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.image.store import Image, ImageStore
+from offloadd.model.machine import Machine
+from offloadd.model.quantity import format_size
+from offloadd.model.recipe import BuildRecipe
+from offloadd.model.system import SYSTEMS
+from offloadd.paths import Paths
+from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_vm
+from offloadd.process import Progress
+from offloadd.store.database import Database
+from offloadd.vm.accelerator import find_accelerator
+from offloadd.vm.pinning import Cores
+from offloadd.vm.qemu import find_qemu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """The daemon's lasting things, handed to whoever works with them."""
+
+    paths: Paths
+    bridge: Bridge
+    database: Database
+    images: ImageStore
+    environments: EnvironmentStore
+    cores: Cores
+
+    def library(self) -> Library:
+        """What is declared now: files are read at each request, so that a change needs no restart."""
+        return load_library(self.paths.library)
+
+    async def image(self, library: Library, name: str, progress: Progress, *, rebuild: bool = False) -> Image:
+        """The image, made when missing and checked when there."""
+        recipe = library.image(name)
+        image = await self.images.ensure(recipe, library.folders[name], progress, rebuild=rebuild)
+        await self.images.verify(image)
+        return image
+
+    async def plan(self, machine: Machine, library: Library, progress: Progress) -> VmPlan:
+        """Everything that the machine's QEMU needs.
+
+        Raises:
+            HostError, ImageError, NoMachineError.
+        """
+        binary = await find_qemu(default_qemu(machine))
+        # What is wrong with the plan is told before minutes go into an image.
+        facts = QemuFacts(binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator="tcg")
+        nothing = Path("/nonexistent")
+        plan_vm(machine, facts, BootFiles(image=machine.image, digest="", kernel=nothing, initramfs=nothing, disk=nothing))
+        image = await self.image(library, machine.image, progress)
+        progress("choosing the accelerator", None)
+        verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json")
+        facts = QemuFacts(
+            binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator=verdict.accelerator
+        )
+        boot = BootFiles(
+            image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk
+        )
+        return plan_vm(machine, facts, boot)
+
+    async def environment(self, recipe: BuildRecipe, system: str, progress: Progress) -> Environment:
+        """The environment of a build, made when missing."""
+        wanted = environment_recipe(recipe.suite, SYSTEMS[system].debian, recipe.packages)
+        return await self.environments.ensure(wanted, progress)
+
+    async def sources(self, recipe: BuildRecipe, progress: Progress) -> list[Path]:
+        def tell(name: str, have: int, size: int | None) -> None:
+            progress(f"fetching {name} ({format_size(have)})", have / size if size else None)
+
+        return await fetch_sources(recipe.sources, self.paths.cache / "sources", tell)
+
+    def secrets(self, machine: Machine) -> SecretRoot:
+        root = Path(machine.secret_root) if machine.secret_root else None
+        return ensure_secret_root(machine.name, self.paths.secrets, root)
+
+

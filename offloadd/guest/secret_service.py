@@ -1,0 +1,220 @@
+"""The host's end of the secret service: copies the files of a secret root into a guest that has just booted.
+
+The protocol is Guix's, version 0 (gnu/build/secret-service.scm); the guest's end for our own images is `images/guest/secret-service`.
+
+    guest -> host   (secret-service-server (version 0))
+    host -> guest   (secrets (version 0) (files (("/name" SIZE MODE) ...)))CONTENTS...
+
+without newlines or separators.  MODE is the decimal st_mode.  Nothing is acknowledged: the guest installs and closes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from offloadd.errors import ConfigError, Problem, ProtocolError
+
+HELLO = b"(secret-service-server (version 0))"
+MAX_FILES = 1000
+MAX_TOTAL = 64 * 1024**2
+"""What the receiver in our images takes at most, in files and bytes."""
+
+_RETRY_S = 0.1
+_MIN_HELLO_S = 1.0
+_MAX_HELLO_S = 15.0
+_CLOSE_S = 10.0
+
+
+@dataclass(frozen=True)
+class SecretFile:
+    """One file to be installed in the guest; its content is never shown."""
+
+    name: str
+    """Absolute, as the guest sees it."""
+    mode: int
+    """The whole st_mode, type included."""
+    content: bytes = field(repr=False)
+
+
+def encode_header(files: Sequence[SecretFile]) -> bytes:
+    """What is sent before the contents."""
+    entries = " ".join(f'("{_escape(file.name)}" {len(file.content)} {file.mode})' for file in files)
+    return f"(secrets (version 0) (files ({entries})))".encode()
+
+
+# Guile's reader takes exactly two digits after \x, and other characters as they are.
+_ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"} | {
+    chr(code): f"\\x{code:02x}" for code in (*range(9), *range(11, 32), 127)
+}
+_UNESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
+
+
+def _escape(name: str) -> str:
+    return "".join(_ESCAPED.get(character, character) for character in name)
+
+
+_HEADER = re.compile(r"\(secrets \(version 0\) \(files \((.*)\)\)\)", re.DOTALL)
+_ENTRY = re.compile(r'\("((?:[^"\\]|\\.)*)" ([0-9]{1,15}) ([0-9]{1,15})\) ?', re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+
+
+def decode_header(header: bytes) -> list[tuple[str, int, int]]:
+    """(name, size, mode) of each file of a header as `encode_header` writes it; ProtocolError when it is none."""
+    try:
+        found = _HEADER.fullmatch(header.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise ProtocolError("the header of the secrets is not UTF-8") from exc
+    files, at = [], 0
+    entries = found[1] if found else ""
+    while entry := _ENTRY.match(entries, at):
+        files.append((_ESCAPE.sub(_unescape, entry[1]), int(entry[2]), int(entry[3])))
+        at = entry.end()
+    if found is None or at < len(entries):
+        raise ProtocolError("the header of the secrets is not understood")
+    return files
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return chr(int(match[1], 16)) if match[1] else _UNESCAPED.get(match[2], match[2])
+
+
+def read_secret_root(root: Path) -> list[SecretFile]:
+    """The files below `root`, sorted by name; a link to a file stands for that file.  Blocks: call it in a thread.
+
+    Raises:
+        ConfigError: a file cannot be sent, with every such file: a link to a directory or to nothing (Guix's sender breaks on
+            both), a device, a name that is not UTF-8, one that cannot be read; or there are too many.
+    """
+    problems: list[Problem] = []
+    files: list[SecretFile] = []
+    for path in _walk(root, problems):
+        try:
+            files.append(_read_file(path, "/" + str(path.relative_to(root))))
+        except (OSError, ValueError) as exc:
+            problems.append(_problem(path, exc))
+    if len(files) > MAX_FILES or sum(len(file.content) for file in files) > MAX_TOTAL:
+        problems.append(_problem(root, ValueError(f"more than {MAX_FILES} files or {MAX_TOTAL >> 20} MiB")))
+    if problems:
+        raise ConfigError(problems)
+    return sorted(files, key=lambda file: file.name)
+
+
+def _problem(path: Path, exc: OSError | ValueError) -> Problem:
+    message = (exc.strerror or str(exc)) if isinstance(exc, OSError) else str(exc)
+    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return Problem(file=shown, line=0, field="secret-root", message=f"cannot be sent into a guest: {message}")
+
+
+def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Everything below `root` that is not a directory itself."""
+
+    def note(exc: OSError) -> None:
+        problems.append(_problem(Path(exc.filename or root), exc))
+
+    # pathlib has no walk before 3.12.
+    for directory, names, files in os.walk(root, onerror=note):
+        links = [name for name in names if os.path.islink(os.path.join(directory, name))]  # noqa: PTH114, PTH118
+        yield from (Path(directory, name) for name in (*links, *files))
+
+
+def _read_file(path: Path, name: str) -> SecretFile:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8") from None
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise ValueError("it is a link to something that does not exist") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is a link to a directory" if stat.S_ISDIR(about.st_mode) else "it is not a regular file")
+    if about.st_size > MAX_TOTAL:
+        raise ValueError(f"it is larger than {MAX_TOTAL >> 20} MiB")
+    return SecretFile(name, about.st_mode, path.read_bytes())
+
+
+async def receive_hello(stream: trio.abc.ReceiveStream) -> bool:
+    """Wait for the guest's hello; False when the peer closes before it is complete.
+
+    Raises:
+        ProtocolError: whoever is there says something else.
+    """
+    received = b""
+    while len(received) < len(HELLO):
+        try:
+            piece = await stream.receive_some(256)
+        except trio.BrokenResourceError:
+            return False
+        if not piece:
+            return False
+        received += piece
+        if not HELLO.startswith(received):
+            raise ProtocolError(f"no secret service, or another version of it: it says {received[:64]!r}")
+    return True
+
+
+async def send_secrets(stream: trio.abc.Stream, files: Sequence[SecretFile]) -> None:
+    """Send the header and the files to a guest that has said hello, and wait until it has taken them.
+
+    Raises:
+        trio.BrokenResourceError: the guest closed before it had everything.
+    """
+    await stream.send_all(encode_header(files))
+    for file in files:
+        await stream.send_all(file.content)
+    if isinstance(stream, trio.abc.HalfCloseableStream):
+        await stream.send_eof()
+        # The guest closes when the files are in their places.  It owes us no answer: how it ended does not matter.
+        with trio.move_on_after(_CLOSE_S):
+            try:
+                while await stream.receive_some(256):
+                    pass
+            except trio.BrokenResourceError:
+                pass
+
+
+async def deliver_secrets(port: int, root: Path, *, machine: str) -> None:
+    """Copy the files of the secret root `root` into the guest behind 127.0.0.1:`port`; tries until the caller's time limit.
+
+    QEMU accepts on a forwarded port before the guest listens: then it drops the connection without a byte or, before the guest's
+    network is up, holds it for about 75 seconds.  Only a complete hello shows that somebody is there; so each try waits for it
+    at most a quarter of the time that has passed already, which a slow guest reaches too.
+
+    Raises:
+        ConfigError: a file of the secret root cannot be sent.
+        ProtocolError: something else than a secret service answers.
+    """
+    files = await trio.to_thread.run_sync(read_secret_root, root)
+    began = trio.current_time()
+    while True:
+        hello_s = min(max((trio.current_time() - began) / 4, _MIN_HELLO_S), _MAX_HELLO_S)
+        try:
+            if await _try_to_deliver(port, files, hello_s):
+                return
+        except ProtocolError as exc:
+            raise ProtocolError(exc.what, subject=machine, hint="does the image run the secret service?") from exc
+        await trio.sleep(_RETRY_S)
+
+
+async def _try_to_deliver(port: int, files: Sequence[SecretFile], hello_s: float) -> bool:
+    """Whether the files were sent to the end."""
+    heard = False
+    try:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            with trio.move_on_after(hello_s):
+                heard = await receive_hello(stream)
+            if heard:
+                # The guest installs all or nothing and then listens again: a broken try can be repeated.
+                await send_secrets(stream, files)
+            return heard
+    except OSError:
+        return False
+    except trio.BrokenResourceError:
+        return False

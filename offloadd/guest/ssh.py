@@ -1,0 +1,184 @@
+"""The SSH channel into a guest, through asyncssh, which is used in this file and for keys alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncssh
+import trio
+
+from offloadd.bridge import Bridge
+from offloadd.errors import SshError
+from offloadd.guest.secret_root import ACCOUNT, SecretRoot
+
+logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
+
+PIECE = 64 * 1024
+RETRY_S = 0.2
+LOGIN_S = 30.0
+"""One handshake costs a guest under TCG 1.5 s when it is alone on the host's core."""
+
+_LOST = (asyncssh.ConnectionLost, asyncssh.DisconnectError, asyncssh.ChannelOpenError, OSError)
+
+
+class GuestProcess:
+    """One program in the guest with its three streams, as bytes."""
+
+    def __init__(self, bridge: Bridge, process: asyncssh.SSHClientProcess[bytes], machine: str) -> None:
+        self._bridge = bridge
+        self._process = process
+        self._machine = machine
+
+    def _lost(self, exc: Exception) -> SshError:
+        return SshError(f"the connection broke: {exc}", subject=self._machine)
+
+    async def send(self, data: bytes) -> None:
+        """Write to standard input, waiting while the guest is slow."""
+
+        async def write() -> None:
+            self._process.stdin.write(data)
+            await self._process.stdin.drain()
+
+        try:
+            await self._bridge.call(write)
+        except _LOST as exc:
+            raise self._lost(exc) from exc
+
+    async def send_eof(self) -> None:
+        try:
+            await self._bridge.run_sync(self._process.stdin.write_eof)
+        except _LOST as exc:
+            raise self._lost(exc) from exc
+
+    async def receive(self) -> bytes:
+        """Up to `PIECE` bytes of standard output; empty at its end."""
+        try:
+            return await self._bridge.call(self._process.stdout.read, PIECE)
+        except _LOST as exc:
+            raise self._lost(exc) from exc
+
+    async def receive_error(self) -> bytes:
+        """The same for standard error."""
+        try:
+            return await self._bridge.call(self._process.stderr.read, PIECE)
+        except _LOST as exc:
+            raise self._lost(exc) from exc
+
+    async def wait(self) -> int:
+        """The exit status; 128+N after signal N, 255 when the connection broke first."""
+        try:
+            done = await self._bridge.call(self._process.wait)
+        except _LOST as exc:
+            raise self._lost(exc) from exc
+        status = done.returncode
+        return 255 if status is None else status if status >= 0 else 128 - status
+
+    async def close(self) -> None:
+        with trio.move_on_after(5, shield=True):
+            await self._bridge.run_sync(self._process.close)
+
+
+class Guest:
+    """A guest that we are logged in to.  Made by `open_ssh` alone."""
+
+    def __init__(self, bridge: Bridge, connection: asyncssh.SSHClientConnection, machine: str) -> None:
+        self._bridge = bridge
+        self._connection = connection
+        self._machine = machine
+
+    @asynccontextmanager
+    async def open_process(self, command: str) -> AsyncIterator[GuestProcess]:
+        """Run a command of the guest's shell; leaving the block closes its channel.
+
+        Raises:
+            SshError: the guest refuses it or the connection is gone.
+        """
+
+        async def create() -> asyncssh.SSHClientProcess[bytes]:
+            return await self._connection.create_process(command, encoding=None)
+
+        try:
+            process = await self._bridge.call(create)
+        except _LOST as exc:
+            raise SshError(f"cannot run a command: {exc}", subject=self._machine) from exc
+        opened = GuestProcess(self._bridge, process, self._machine)
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+    async def run(self, command: str) -> tuple[int, bytes]:
+        """The exit status and standard output of a short command."""
+        async with self.open_process(command) as process:
+            await process.send_eof()
+            output = b""
+            while piece := await process.receive():
+                output += piece[: max(0, 1024 * 1024 - len(output))]
+            return await process.wait(), output
+
+
+@asynccontextmanager
+async def open_ssh(bridge: Bridge, port: int, secrets: SecretRoot) -> AsyncIterator[Guest]:
+    """Log in, trying again until the guest's sshd listens; the caller sets the time limit.
+
+    Raises:
+        SshError: the guest shows another host key or refuses ours: no other try would help.
+    """
+    connection = await _login(bridge, port, secrets)
+    try:
+        yield Guest(bridge, connection, secrets.machine)
+    finally:
+        with trio.move_on_after(5, shield=True):
+            await bridge.run_sync(connection.abort)
+
+
+async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSHClientConnection:
+    host_keys = [asyncssh.read_public_key(path) for path in secrets.host_keys]
+
+    async def connect() -> asyncssh.SSHClientConnection:
+        return await asyncssh.connect(
+            "127.0.0.1",
+            port,
+            username=ACCOUNT,
+            known_hosts=(host_keys, [], []),
+            client_keys=[str(secrets.client_key)],
+            config=None,
+            agent_path=None,
+            server_host_key_algs=["ssh-ed25519"],
+            kex_algs=["curve25519-sha256"],
+            encryption_algs=["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"],
+            compression_algs=None,
+            login_timeout=LOGIN_S,
+            keepalive_interval=30,
+            keepalive_count_max=4,
+        )
+
+    while True:
+        try:
+            return await bridge.call(connect)
+        except asyncssh.HostKeyNotVerifiable as exc:
+            hint = f"it did not take the secrets that were sent; is port {port} another machine's?"
+            raise SshError("the guest shows a host key that is not ours", subject=secrets.machine, hint=hint) from exc
+        except asyncssh.PermissionDenied as exc:
+            hint = f"does the secret root hold authorized_keys.d/{ACCOUNT}? see {secrets.root}"
+            raise SshError("key refused", subject=secrets.machine, hint=hint) from exc
+        except _LOST:
+            # QEMU takes the connection before the guest's sshd does: only a handshake proves that somebody is there.
+            await trio.sleep(RETRY_S)
+
+
+def ssh_argv(port: int, secrets: SecretRoot, known_hosts: Path, command: Sequence[str] = ()) -> list[str]:
+    """The command line of OpenSSH's client for a person."""
+    options = [
+        f"UserKnownHostsFile={known_hosts}",
+        "GlobalKnownHostsFile=/dev/null",
+        "StrictHostKeyChecking=yes",
+        "IdentitiesOnly=yes",
+        f"HostKeyAlias={secrets.machine}",
+        "LogLevel=ERROR",
+    ]
+    argv = ["ssh", "-F", "none", "-p", str(port), "-i", str(secrets.client_key)]
+    return [*argv, *(part for option in options for part in ("-o", option)), f"{ACCOUNT}@127.0.0.1", *command]

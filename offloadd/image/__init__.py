@@ -1,0 +1,1 @@
+"""Disk images: made from a recipe by mmdebstrap and mke2fs, kept by digest."""

@@ -1,0 +1,42 @@
+"""What all values read from YAML or from the API have in common."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints
+
+from offloadd.model.quantity import format_date, parse_date, parse_duration, parse_size
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Value(BaseModel):
+    """A frozen value whose field names are written in kebab case; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, strict=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The value as JSON types, fields spelled as in YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def _lenient_text(value: object) -> object:
+    """YAML reads `version: 1.0` as a number: say so instead of guessing its digits."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f"write it in quotes: '{value}'")
+    return value
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}$")]
+"""The name of a machine, image or recipe: safe as a file name everywhere."""
+
+Text = Annotated[str, BeforeValidator(_lenient_text)]
+Date = Annotated[datetime, BeforeValidator(parse_date), PlainSerializer(format_date, return_type=str)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+"""Seconds."""
+Size = Annotated[int, BeforeValidator(parse_size)]
+"""Bytes."""

@@ -1,0 +1,95 @@
+"""Where the files are: the XDG base directories (freedesktop.org), and what is shipped with offload."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from offloadd.errors import NotAllowedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Every directory of one user (or of the system daemon)."""
+
+    config: Path
+    state: Path
+    cache: Path
+    runtime: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.runtime / "offloadd.sock"
+
+    @property
+    def daemon_log(self) -> Path:
+        return self.state / "offloadd.log"
+
+    @property
+    def database(self) -> Path:
+        return self.state / "offload.sqlite"
+
+    @property
+    def builds(self) -> Path:
+        return self.state / "builds"
+
+    @property
+    def instances(self) -> Path:
+        """One directory for each QEMU that runs."""
+        return self.state / "instances"
+
+    @property
+    def logs(self) -> Path:
+        """Console logs of instances that have ended."""
+        return self.state / "logs"
+
+    @property
+    def secrets(self) -> Path:
+        return self.state / "secrets"
+
+    @property
+    def library(self) -> list[Path]:
+        """The folders that hold machines/ and images/, least important first."""
+        return [shipped(), self.config]
+
+
+def shipped() -> Path:
+    """The folder with the machines/ and images/ of this installation."""
+    package = Path(__file__).parent
+    installed = package / "share"
+    return installed if installed.is_dir() else package.parent
+
+
+def find_paths() -> Paths:
+    """The directories of this user; nothing is created."""
+    home = Path.home()
+
+    def base(variable: str, default: str) -> Path:
+        value = os.environ.get(variable, "")
+        # The specification has relative paths ignored.
+        return Path(value) if value.startswith("/") else home / default
+
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Paths(
+        config=base("XDG_CONFIG_HOME", ".config") / "offload",
+        state=base("XDG_STATE_HOME", ".local/state") / "offload",
+        cache=base("XDG_CACHE_HOME", ".cache") / "offload",
+        runtime=Path(runtime) / "offload" if runtime.startswith("/") else base("XDG_STATE_HOME", ".local/state") / "offload/run",
+    )
+
+
+def make_private(directory: Path) -> Path:
+    """Make `directory` readable by us alone.
+
+    Raises:
+        NotAllowedError: it exists and belongs to somebody else.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = directory.lstat()
+    if info.st_uid != os.geteuid() or not stat.S_ISDIR(info.st_mode):
+        raise NotAllowedError("belongs to another user", subject=str(directory))
+    if info.st_mode & 0o077:
+        directory.chmod(0o700)
+    return directory

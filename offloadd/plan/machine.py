@@ -1,0 +1,118 @@
+"""From a declared machine, an image and the facts of the host to a plan in which nothing is left open."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from offloadd.errors import OffloadError, UsageError
+from offloadd.model.machine import Machine
+from offloadd.model.quantity import check_clock_holds
+from offloadd.model.system import SYSTEMS
+from offloadd.plan.cpu import check_cpu, choose_cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuFacts:
+    """What one QEMU binary can do."""
+
+    binary: str
+    version: str
+    cpu_models: frozenset[str]
+    accelerator: str
+    """`kvm` or `tcg`, as probed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootFiles:
+    """What an image gives to a VM."""
+
+    image: str
+    digest: str
+    kernel: Path
+    initramfs: Path
+    disk: Path
+    """Raw root file system; it is never written to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmPlan:
+    """One VM, ready to be started."""
+
+    machine: str
+    instance: str
+    system: str
+    qemu: QemuFacts
+    boot: BootFiles
+    cpu: str
+    cpu_count: int
+    memory_mib: int
+    date: datetime
+    forwards: tuple[tuple[int, int], ...]
+    """(host port or 0 for any free one, guest port)."""
+    network: bool
+    boot_timeout_s: float
+    options: tuple[str, ...]
+
+
+def default_qemu(machine: Machine) -> str:
+    """The name of the QEMU binary for a machine."""
+    return machine.qemu or f"qemu-system-{SYSTEMS[machine.systems[0]].qemu}"
+
+
+def plan_vm(machine: Machine, qemu: QemuFacts, boot: BootFiles, *, instance: str | None = None) -> VmPlan:
+    """The plan of the machine itself, as its file declares it.
+
+    Raises:
+        NoMachineError: this QEMU does not know the CPU model.
+    """
+    plan = VmPlan(
+        machine=machine.name,
+        instance=instance or machine.name,
+        system=machine.systems[0],
+        qemu=qemu,
+        boot=boot,
+        cpu=machine.cpu or "",
+        cpu_count=machine.cpu_count,
+        memory_mib=machine.memory_size,
+        date=machine.date,
+        forwards=tuple(sorted(machine.port_forwardings.items())),
+        network=machine.network,
+        boot_timeout_s=machine.boot_timeout,
+        options=machine.options,
+    )
+    return replace(plan, cpu=_cpu(plan, machine.cpu, qemu.cpu_models))
+
+
+def plan_for_build(plan: VmPlan, instance: str, *, date: datetime | None, cpu: str | None, pinned_cpu: bool) -> VmPlan:
+    """The plan of a VM of that machine for one build: own name, own free ports, the build's date and CPU.
+
+    Args:
+        pinned_cpu: the machine's file sets `cpu`, so that another date does not change it.
+    Raises:
+        UsageError: the machine's clock does not hold the date.
+        NoMachineError: this QEMU does not know the CPU model.
+    """
+    if date is not None:
+        try:
+            check_clock_holds(date, plan.system)
+        except ValueError as exc:
+            raise UsageError(str(exc), subject=plan.machine) from exc
+    moved = replace(
+        plan, instance=instance, date=date or plan.date, forwards=tuple((0, guest) for _, guest in plan.forwards)
+    )
+    wanted = cpu or (plan.cpu if pinned_cpu else None)
+    return replace(moved, cpu=_cpu(moved, wanted, plan.qemu.cpu_models))
+
+
+def _cpu(plan: VmPlan, wanted: str | None, known: Collection[str]) -> str:
+    try:
+        if wanted is None:
+            return choose_cpu(plan.date, plan.system, known)
+        check_cpu(wanted, known, plan.qemu.binary)
+    except OffloadError as exc:
+        exc.subject = exc.subject or plan.machine
+        raise
+    return wanted

@@ -1,0 +1,309 @@
+"""One running QEMU, owned by one block.
+
+    async with open_instance(plan, ...) as instance:      started, pinned, let go; leaving the block ends it
+        await instance.stop()                             politely, then firmly
+
+QEMU itself outlives a daemon that was killed; `adopt_instance` is the same block for one that is found again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from offloadd.bridge import Bridge
+from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError
+from offloadd.nursery import open_narrow_nursery
+from offloadd.plan.argv import InstanceFiles, qemu_argv
+from offloadd.plan.machine import VmPlan
+from offloadd.vm.console import console_tail
+from offloadd.vm.outcome import Outcome, judge
+from offloadd.vm.ports import check_ports_free, parse_usernet
+from offloadd.vm.process import QemuProcess, find_process, start_process
+from offloadd.vm.qmp import Qmp, open_qmp
+from offloadd.vm.record import InstanceRecord, read_record, read_records, write_record
+
+POLITE_S = 30.0
+"""For the guest to power off; under TCG with its processors shared it takes a few seconds."""
+QUIT_S = 5.0
+KILL_S = 5.0
+
+_MISSING_FEATURE = re.compile(r"doesn't support requested feature: (CPUID\.\S+)")
+
+
+class Instance:
+    """A running QEMU.  Made by `open_instance` and `adopt_instance` alone."""
+
+    def __init__(self, record: InstanceRecord, files: InstanceFiles, process: QemuProcess, qmp: Qmp) -> None:
+        self.record = record
+        self.files = files
+        self.outcome: Outcome | None = None
+        self._process = process
+        self._qmp = qmp
+        self._asked = False
+        self._ended = trio.Event()
+
+    @property
+    def name(self) -> str:
+        return self.record.plan.instance
+
+    def port(self, guest: int) -> int:
+        """The host's port that leads to the guest's."""
+        return self.record.ports[guest]
+
+    async def wait_ended(self) -> Outcome:
+        """Wait for the end, whoever brings it about."""
+        await self._ended.wait()
+        assert self.outcome is not None
+        return self.outcome
+
+    async def stop(self, *, polite_s: float = POLITE_S) -> Outcome:
+        """ACPI's power button, then `quit`, then SIGKILL, each with a limit.
+
+        Args:
+            polite_s: how long the guest may take; 0 for a guest that nobody will miss.
+        """
+        self._asked = True
+        if polite_s > 0 and await self._ends_after("system_powerdown", polite_s):
+            return await self.wait_ended()
+        if not await self._ends_after("quit", QUIT_S):
+            self._process.kill()
+        with trio.move_on_after(KILL_S):
+            return await self.wait_ended()
+        raise HostError("QEMU does not end after SIGKILL", subject=self.name, hint=f"look at process {self._process.pid}")
+
+    async def _ends_after(self, command: str, limit_s: float) -> bool:
+        with trio.move_on_after(limit_s):
+            try:
+                await self._qmp.execute(command)
+            except MachineLostError:
+                pass  # it may end before it answers
+            await self._ended.wait()
+        return self._ended.is_set()
+
+    async def attach_disk(self, path: Path, serial: str) -> None:
+        """Plug in a raw image file, read-only; the guest finds it by its serial (at most 20 characters, virtio's limit)."""
+        file = {"driver": "file", "filename": str(path), "read-only": True}
+        await self._qmp.execute("blockdev-add", node_name=serial, driver="raw", read_only=True, file=file)
+        await self._qmp.execute("device_add", driver="virtio-blk-pci", id=serial, drive=serial, serial=serial)
+
+    async def detach_disk(self, serial: str) -> None:
+        """Unplug it; a guest that does not let go within the limit keeps it."""
+        with trio.fail_after(10):
+            await self._qmp.unplug(serial)
+            await self._qmp.execute("blockdev-del", node_name=serial)
+
+    def console_tail(self) -> str:
+        return console_tail(self.files.console_log)
+
+    async def _watch(self) -> None:
+        status = await self._process.wait_ended()
+        # What QEMU said last may still be on its way through the monitor's reader.
+        events = await self._qmp.take_events()
+        self.outcome = judge(
+            events,
+            asked=self._asked,
+            exit_status=status,
+            stderr=_stderr(self.files.qemu_log),
+            console=console_tail(self.files.console_log),
+        )
+        self._ended.set()
+
+    async def _end(self) -> None:
+        """Whatever happened: no QEMU is left when the block is."""
+        if not self._ended.is_set():
+            with trio.CancelScope(shield=True):
+                await self.stop(polite_s=0)
+
+
+@asynccontextmanager
+async def open_instance(
+    plan: VmPlan,
+    *,
+    instances: Path,
+    logs: Path,
+    bridge: Bridge,
+    cores: Sequence[int],
+    purpose: Literal["machine", "build"],
+) -> AsyncIterator[Instance]:
+    """Start QEMU for `plan` and end it with the block.
+
+    Args:
+        instances: the directory below which the instance's own is made.
+        logs: the directory that gets its console log and QEMU's messages when it has ended.
+        cores: the host core of each virtual CPU.
+    Raises:
+        PortTakenError, HostError, BootError: it did not start; nothing is left of it.
+    """
+    files = InstanceFiles(instances / plan.instance)
+    check_ports_free(plan.instance, [host for host, _ in plan.forwards if host], read_records(instances))
+    try:
+        files.directory.mkdir(mode=0o700, parents=True)
+    except FileExistsError as exc:
+        raise PortTakenError("runs already", subject=plan.instance, hint=f"offload vm stop {plan.instance}") from exc
+    async with AsyncExitStack() as stack:
+        stack.callback(_put_away, files, logs)
+        await _make_overlay(plan, files)
+        process = _launch(plan, files)
+        stack.callback(process.close)
+        stack.callback(process.kill)
+        qmp = await stack.enter_async_context(_first_contact(plan, files, process, bridge))
+        record = await _settle(plan, files, process, qmp, cores, purpose)
+        write_record(files.record, record)
+        async with _supervised(Instance(record, files, process, qmp)) as instance:
+            await qmp.execute("cont")
+            yield instance
+
+
+@asynccontextmanager
+async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> AsyncIterator[Instance | None]:
+    """The block for an instance that an earlier daemon started; None when it has ended meanwhile, and its rest is put away."""
+    files = InstanceFiles(directory)
+    record = read_record(files.record)
+    process = find_process(record.pid, record.started) if record else None
+    async with AsyncExitStack() as stack:
+        stack.callback(_put_away, files, logs)
+        if record is None or process is None:
+            if record is None:
+                await _end_unrecorded(files, bridge)
+            yield None
+            return
+        stack.callback(process.close)
+        stack.callback(process.kill)
+        qmp = await stack.enter_async_context(open_qmp(bridge, files.qmp, record.plan.instance))
+        async with _supervised(Instance(record, files, process, qmp)) as instance:
+            yield instance
+
+
+async def _end_unrecorded(files: InstanceFiles, bridge: Bridge) -> None:
+    """End a QEMU whose daemon was killed before it could write down the process: its monitor is all that leads to it."""
+    with trio.move_on_after(10), suppress(MachineLostError):
+        async with open_qmp(bridge, files.qmp, files.directory.name) as qmp:
+            await qmp.execute("quit")
+
+
+@asynccontextmanager
+async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
+    async with open_narrow_nursery() as nursery:
+        nursery.start_soon(instance._watch)
+        try:
+            yield instance
+        finally:
+            await instance._end()
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def while_running(instance: Instance, error: type[OffloadError]) -> AsyncIterator[None]:
+    """Run the block as long as the instance runs: its end cancels the block and is raised as `error`, with the last words.
+
+    A block that fails because the instance is just ending (a lost connection is seen first) raises `error` too.
+    """
+
+    def ended(outcome: Outcome) -> OffloadError:
+        hint = f"offload vm logs {instance.record.plan.machine}"
+        return error(f"the machine {outcome.state}: {outcome.reason}", subject=instance.name, detail=outcome.detail, hint=hint)
+
+    async def watch() -> None:
+        raise ended(await instance.wait_ended())
+
+    async with open_narrow_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            yield
+        except TransientError as exc:
+            with trio.move_on_after(2):
+                raise ended(await instance.wait_ended()) from exc
+            raise
+        nursery.cancel_scope.cancel()
+
+
+async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(plan.boot.disk), str(files.disk)]
+    try:
+        done = await trio.run_process(argv, check=False, capture_stderr=True)
+    except OSError as exc:
+        raise HostError("qemu-img is not installed", subject=plan.instance, hint="apt-get install qemu-utils") from exc
+    if done.returncode:
+        raise HostError("cannot make the disk", subject=plan.instance, detail=done.stderr.decode(errors="replace"))
+
+
+def _launch(plan: VmPlan, files: InstanceFiles) -> QemuProcess:
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(files.qmp))
+        except OSError as exc:
+            hint = "a socket's path holds 107 bytes: set XDG_STATE_HOME to a shorter one"
+            raise HostError(f"cannot make {files.qmp}: {exc}", subject=plan.instance, hint=hint) from exc
+        files.qmp.chmod(0o600)
+        listener.listen(1)
+        argv = qemu_argv(plan, files, listener.fileno())
+        return start_process(argv, files.qemu_log, files.directory, [listener.fileno()])
+
+
+@asynccontextmanager
+async def _first_contact(plan: VmPlan, files: InstanceFiles, process: QemuProcess, bridge: Bridge) -> AsyncIterator[Qmp]:
+    """QMP; when QEMU ended instead, its exit status and its last words say more than the lost socket."""
+    async with AsyncExitStack() as stack:
+        try:
+            with trio.fail_after(30):
+                qmp = await stack.enter_async_context(open_qmp(bridge, files.qmp, plan.instance))
+        except (MachineLostError, trio.TooSlowError) as exc:
+            status: int | None = None
+            with trio.move_on_after(2):
+                status = await process.wait_ended()
+            raise BootError(
+                f"QEMU did not start (exit status {status})",
+                subject=plan.instance,
+                detail=_stderr(files.qemu_log),
+                hint="offload doctor; `options` in the machine's file go to QEMU as they are",
+            ) from exc
+        yield qmp
+
+
+async def _settle(
+    plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Literal["machine", "build"]
+) -> InstanceRecord:
+    """Pin the paused VM's threads and note what QEMU has made of the plan."""
+    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cores, strict=True):
+        os.sched_setaffinity(cpu["thread-id"], {core})
+    assert process.started is not None
+    return InstanceRecord(
+        plan=plan,
+        pid=process.pid,
+        started=process.started,
+        ports=parse_usernet(await qmp.human("info usernet")),
+        cores=tuple(cores),
+        missing_features=missing_features(files.qemu_log.read_text(errors="replace")),
+        purpose=purpose,
+        began=time.time(),
+    )
+
+
+def missing_features(stderr: str) -> tuple[str, ...]:
+    """The CPU features that QEMU warns about: the model has them, the accelerator does not."""
+    return tuple(dict.fromkeys(_MISSING_FEATURE.findall(stderr)))
+
+
+def _stderr(log: Path) -> str:
+    """QEMU's last words without the warnings that are told elsewhere."""
+    lines = console_tail(log, lines=200).splitlines()
+    return "\n".join([line for line in lines if not _MISSING_FEATURE.search(line)][-10:])
+
+
+def _put_away(files: InstanceFiles, logs: Path) -> None:
+    """Keep the logs, drop everything else."""
+    logs.mkdir(parents=True, exist_ok=True)
+    for log in (files.console_log, files.qemu_log):
+        if log.exists():
+            shutil.move(log, logs / log.name)
+    shutil.rmtree(files.directory, ignore_errors=True)

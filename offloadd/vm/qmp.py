@@ -1,0 +1,98 @@
+"""QMP, through qemu.qmp, which is used in this file alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp.message import Message
+
+from offloadd.bridge import Bridge
+from offloadd.errors import MachineLostError
+
+# The library logs every lost connection as an error; ours are reported by meaning.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+
+# A guest can cause others at will, for instance by setting its clock: they are not kept.
+_KEPT_EVENTS = ("SHUTDOWN", "POWERDOWN", "GUEST_PANICKED")
+
+
+class Qmp:
+    """The monitor of one QEMU.  Made by `open_qmp` alone."""
+
+    def __init__(self, bridge: Bridge, client: QMPClient, instance: str) -> None:
+        self._bridge = bridge
+        self._client = client
+        self._instance = instance
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run one command; keyword `node_name` becomes the argument `node-name`.
+
+        Raises:
+            MachineLostError: QEMU refused it or went away.
+        """
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        try:
+            return await self._bridge.call(self._client.execute, command, given or None)
+        except ExecuteError as exc:
+            raise MachineLostError(f"QEMU refused {command}: {exc}", subject=self._instance) from exc
+        except (QMPError, OSError, EOFError) as exc:
+            raise MachineLostError(f"QEMU went away during {command}", subject=self._instance) from exc
+
+    async def human(self, command: str) -> str:
+        """Run a command of the human monitor, for what QMP does not have."""
+        return str(await self.execute("human-monitor-command", command_line=command))
+
+    async def take_events(self) -> list[Message]:
+        """The events of `_KEPT_EVENTS` that came since the last call, oldest first."""
+        return await self._bridge.run_sync(self._client.events.clear)
+
+
+    async def unplug(self, device: str) -> None:
+        """Take a device away and wait until the guest has let go of it.
+
+        Raises:
+            MachineLostError: QEMU refused it or went away.
+        """
+
+        async def remove() -> None:
+            with self._client.listener("DEVICE_DELETED") as deleted:
+                await self._client.execute("device_del", {"id": device})
+                async for event in deleted:
+                    data = event["data"]
+                    if isinstance(data, dict) and data.get("device") == device:
+                        return
+
+        try:
+            await self._bridge.call(remove)
+        except (QMPError, OSError, EOFError) as exc:
+            raise MachineLostError(f"QEMU does not give back {device}", subject=self._instance) from exc
+
+
+@asynccontextmanager
+async def open_qmp(bridge: Bridge, socket: Path, instance: str) -> AsyncIterator[Qmp]:
+    """Connect to the monitor at `socket`.
+
+    Raises:
+        MachineLostError: nobody answers there.
+    """
+    client = QMPClient(instance)
+    client.events.names = set(_KEPT_EVENTS)
+    try:
+        await bridge.call(client.connect, str(socket))
+    except (QMPError, OSError) as exc:
+        raise MachineLostError("QEMU's monitor does not answer", subject=instance) from exc
+    try:
+        yield Qmp(bridge, client, instance)
+    finally:
+        with trio.move_on_after(5, shield=True):
+            try:
+                await bridge.call(client.disconnect)
+            except (QMPError, OSError, EOFError):
+                pass  # QEMU was there first

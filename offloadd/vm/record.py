@@ -1,0 +1,55 @@
+"""What is written about a running instance, so that the next daemon finds it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from offloadd.plan.machine import VmPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceRecord:
+    """One running instance: the process is named by its number and the tick in which it began."""
+
+    plan: VmPlan
+    pid: int
+    started: int
+    ports: dict[int, int]
+    """Guest port -> host port, as QEMU has them."""
+    cores: tuple[int, ...]
+    """The host core of each virtual CPU."""
+    missing_features: tuple[str, ...]
+    """CPU features of the model that the accelerator does not give."""
+    purpose: Literal["machine", "build"]
+    """Started for its user, or for one build and thrown away after it."""
+    began: float
+    """Unix time at which the guest was let go."""
+
+
+_adapter = TypeAdapter(InstanceRecord)
+
+
+def write_record(path: Path, record: InstanceRecord) -> None:
+    """Written aside and moved into place: a reader never sees half of it."""
+    new = path.with_suffix(".new")
+    new.write_bytes(_adapter.dump_json(record))
+    os.replace(new, path)
+
+
+def read_record(path: Path) -> InstanceRecord | None:
+    """None when there is no readable record: its instance never got as far as running."""
+    try:
+        return _adapter.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def read_records(instances: Path) -> list[InstanceRecord]:
+    """The records of all instances that have one."""
+    found = (read_record(path) for path in sorted(instances.glob("*/instance.json")))
+    return [record for record in found if record is not None]
