@@ -171,7 +171,7 @@ async def bootstrap(
     apt_options = [line for line in await read_program(["apt-config", "dump"]) if _APT_OPTION.fullmatch(line)]
     # The host's proxies are nobody's business inside.
     tidy = 'rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"'
-    argv = ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar", "--skip=output/dev"]
+    argv = ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
     argv += [f"--mode={'root' if os.geteuid() == 0 else 'unshare'}", f"--architectures={architecture}"]
     argv += [f"--include={','.join(packages)}"] if packages else []
     argv += [f"--aptopt={option}" for option in dict.fromkeys(apt_options)]

@@ -25,6 +25,7 @@ Progress = Callable[[str, float | None], None]
 TERMINATE_LIMIT_S = 10.0
 """How long a group may take to end after SIGTERM before it gets SIGKILL."""
 TAIL_LINES = 15
+_ADMINISTRATORS = ("/usr/sbin", "/sbin")
 _LINE_LIMIT = 64 * 1024
 _DRAIN_LIMIT_S = 2.0
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|not enough free space|Could not allocate block", re.IGNORECASE)
@@ -133,7 +134,7 @@ async def _start(
 def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Our environment in a fixed language, with the administrator's folders in the path, and `extra`."""
     path = os.environ.get("PATH", "/usr/bin:/bin")
-    folders = path.split(":") + [folder for folder in ("/usr/sbin", "/sbin") if folder not in path.split(":")]
+    folders = path.split(":") + [folder for folder in _ADMINISTRATORS if folder not in path.split(":")]
     return os.environ | {"LC_ALL": "C.UTF-8", "PATH": ":".join(folders)} | dict(extra or {})
 
 

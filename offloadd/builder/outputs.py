@@ -1,7 +1,7 @@
 """The outputs of a build on their way back: a tar from a guest that may be hostile, and files in a directory of the user's.
 
-Nothing of the tar is unpacked before all of it was checked, and nothing is ever written through a link: each directory on the way is
-opened by itself.  Links that lead out of the outputs (as those of a Python virtual environment do) are left out and named.
+Nothing of the tar is unpacked before all of it was checked, and nothing is ever written through a link: each directory on the
+way is opened by itself.  Links that lead out of the outputs (as those of a Python virtual environment do) are left out and named.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from offloadd.errors import HostError, ProtocolError, UsageError
 
 MAX_BYTES = 16 << 30
 MAX_MEMBERS = 1_000_000
+_MAX_LEFT_OUT = 1000
 _MAX_PART = 255
 """Linux's NAME_MAX in bytes."""
 
@@ -80,11 +81,11 @@ class Unpacked:
     size: int
     """Bytes in the files."""
     left_out: tuple[str, ...]
-    """Links that were not made because they lead out of the outputs, as `NAME -> WHERE`."""
+    """Links that were not made because they lead out of the outputs, as `NAME -> WHERE`; the first thousand."""
 
 
 def unpack_outputs(tar: Path, target: Path, *, max_members: int = MAX_MEMBERS) -> Unpacked:
-    """Unpack a guest's outputs into `target`, which is made when it is missing; files of the same name are replaced.  Blocks.
+    """Unpack a guest's outputs into `target`; files of the same name are replaced.  Blocks: call it in a thread.
 
     Raises:
         ProtocolError: the tar is damaged or has something that our build service never sends; nothing was unpacked then, unless a
@@ -132,8 +133,8 @@ def _check(member: Member) -> None:
 def leads_out(name: str, link: str) -> bool:
     """Whether the link `name` -> `link` could lead out of the top directory.
 
-    `..` is only taken at its beginning, where it starts from a directory that is known to be real: behind another link's name it would
-    start from wherever that one leads.
+    `..` is only taken at its beginning, where it starts from a directory that is known to be real: behind another link's name it
+    would start from wherever that one leads.
     """
     parts = [part for part in link.split("/") if part not in ("", ".")]
     depth = name.count("/")
@@ -150,7 +151,8 @@ def _unpack(reader: TarReader, top: int) -> Unpacked:
             if member.kind is Kind.DIRECTORY:
                 os.close(_open_directory(top, [*parents, last], member.mode & 0o755 | 0o700))
             elif member.kind is Kind.SYMLINK and leads_out(member.name, member.link):
-                left_out.append(_printable(f"{member.name} -> {member.link}"))
+                if len(left_out) < _MAX_LEFT_OUT:
+                    left_out.append(_printable(f"{member.name} -> {member.link}"))
             else:
                 _remove(parent, last, member.name)
                 if member.kind is Kind.SYMLINK:
@@ -193,7 +195,7 @@ def _remove(parent: int, last: str, name: str) -> None:
 
 def _write_file(reader: TarReader, member: Member, parent: int, last: str) -> None:
     descriptor = os.open(last, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=parent)
-    with open(descriptor, "wb", buffering=0) as file:
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
         for piece in reader.content():
             rest = memoryview(piece)
             while rest:

@@ -96,7 +96,7 @@ def _content(path: Path, size: int) -> Iterator[bytes]:
     """Exactly the `size` bytes that the header announces."""
     # A fifo that takes the file's place in this moment must not block us.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb", buffering=0) as file:
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         left = size
         while left:
             piece = file.read(min(left, PIECE))

@@ -1,8 +1,8 @@
 """A strict reader for tars that come from somebody whom we do not trust, and the headers of those that we write.
 
-The standard library's reader takes an extended header of any size into memory and knows ways to store files (sparse, multi-volume) that
-none of our peers uses.  This one reads ustar and pax (POSIX.1-2001, pax, "pax Interchange Format" and "ustar Interchange Format"), GNU tar's
-long names (types L and K) and numbers, refuses everything else, and keeps one block in memory.
+The standard library's reader takes an extended header of any size into memory and knows ways to store files (sparse,
+multi-volume) that none of our peers uses.  This one reads ustar and pax (POSIX.1-2001, pax, "ustar Interchange Format" and "pax
+Interchange Format"), GNU tar's long names (types L and K) and numbers, refuses everything else, and keeps one block in memory.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ from offloadd.route import find_route
 from offloadd.vm.instance import Instance, open_instance, while_running
 
 
+PROGRESS_S = 0.2
+
+
 @dataclass
 class ActiveBuild:
     """One build between its request and its end."""
@@ -48,6 +51,7 @@ class ActiveBuild:
     """What becomes build.json."""
     cancelled: str = ""
     """Why, when somebody cancelled it."""
+    _told: float = 0.0
 
     @property
     def source(self) -> Path:
@@ -59,7 +63,11 @@ class ActiveBuild:
         return self.folder / "outputs.tar"
 
     def tell(self, text: str, fraction: float | None = None) -> None:
-        self.events.append("phase", text=text, fraction=fraction)
+        """Note progress; what changes faster than anybody reads is thinned out."""
+        now = trio.current_time()
+        if fraction is None or now - self._told >= PROGRESS_S:
+            self._told = now if fraction is not None else 0.0
+            self.events.append("phase", text=text, fraction=None if fraction is None else round(fraction, 3))
 
 
 class Move(Protocol):

@@ -1,6 +1,7 @@
 """The host's end of the secret service: copies the files of a secret root into a guest that has just booted.
 
-The protocol is Guix's, version 0 (gnu/build/secret-service.scm); the guest's end for our own images is `images/guest/secret-service`.
+The protocol is Guix's, version 0 (gnu/build/secret-service.scm); the guest's end in our own images is
+`images/guest/secret-service`.
 
     guest -> host   (secret-service-server (version 0))
     host -> guest   (secrets (version 0) (files (("/name" SIZE MODE) ...)))CONTENTS...

@@ -74,7 +74,8 @@ def _assemble(plan: Plan) -> None:
     root, output = Path(plan["root"]), Path(plan["output"])
     _tell(0.0, "unpacking the root file system")
     root.mkdir(mode=0o755)
-    _run("tar", "-x", "-p", "--numeric-owner", "-f", plan["tar"], "-C", str(root))
+    # Device files cannot be made in a user namespace, and the guest's are the kernel's.
+    _run("tar", "-x", "-p", "--numeric-owner", "--exclude=./dev/*", "-f", plan["tar"], "-C", str(root))
     Path(plan["tar"]).unlink()
     _tell(0.4, "installing the guest's files")
     for pattern in _UNWANTED:

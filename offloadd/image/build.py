@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -85,7 +86,8 @@ async def _assemble(recipe: ImageRecipe, files: Sequence[GuestContent], tar: Pat
             progress(match[2], float(match[1]))
 
     argv = as_mapped_root([sys.executable, "-m", "offloadd.image.assemble", str(room / "plan.json")])
-    path = str(Path(offloadd.__file__).parent.parent)
+    # Ours first, then what makes our own imports work.
+    path = os.pathsep.join([str(Path(offloadd.__file__).parent.parent), *filter(None, sys.path)])
     env = program_environment({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
     await run_program(argv, on_line=on_line, env=env, subject=f"image {recipe.name}", error=ImageError, disk=target)
 

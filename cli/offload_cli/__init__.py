@@ -1,0 +1,1 @@
+"""The `offload` command.  It talks to the daemon through `offloadd.client` alone."""

@@ -1,0 +1,5 @@
+"""`python -m offload_cli`."""
+
+from offload_cli.main import main
+
+main()

@@ -1,0 +1,46 @@
+"""Names for the shell's completion.  A daemon is asked when it runs, and never started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offloadd.errors import OffloadError
+
+
+def machine_names(incomplete: str) -> list[str]:
+    return _from_files("machines", incomplete)
+
+
+def image_names(incomplete: str) -> list[str]:
+    return _from_files("images", incomplete)
+
+
+def build_names(incomplete: str) -> list[tuple[str, str]]:
+    """The ids of builds, with what they are."""
+    rows = _ask("/v1/builds")
+    found = [(str(row["build"]), f"{row['name']} {row['version']}: {row['state']}") for row in rows]
+    return [(build, words) for build, words in found if build.startswith(incomplete)]
+
+
+def _ask(path: str) -> list[dict[str, Any]]:
+    from offloadd.client import Client
+
+    try:
+        with Client() as client:
+            rows: list[dict[str, Any]] = client.get(path) if client.paths.socket.exists() else []
+            return rows
+    except OffloadError:
+        return []
+
+
+def _from_files(kind: str, incomplete: str) -> list[str]:
+    # The daemon reads the same files at each request: it knows no other names.
+    from offloadd.config.library import load_library
+    from offloadd.paths import find_paths
+
+    try:
+        library = load_library(find_paths().library)
+    except OffloadError:
+        return []
+    names = library.machines if kind == "machines" else library.images
+    return sorted(name for name in names if name.startswith(incomplete))

@@ -1,0 +1,92 @@
+"""From a directory and options to the request that the daemon gets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offloadd.errors import ConfigError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from offloadd.model.recipe import BuildRecipe, BuildRequest
+
+RECIPE = "offload.yaml"
+
+
+def check_directory(directory: Path) -> Path:
+    """The directory of the source, as an absolute path without links.
+
+    Raises:
+        NotFoundError, UsageError: it is none.
+    """
+    if not directory.exists():
+        raise NotFoundError("no such directory", subject=str(directory))
+    if not directory.is_dir():
+        raise UsageError("is not a directory", subject=str(directory), hint="offload build DIR, with the source in DIR")
+    return directory.resolve()
+
+
+def find_recipe(
+    directory: Path, command: Sequence[str] = (), packages: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> BuildRecipe:
+    """The directory's own recipe, what the options add to it, and `command` in place of its steps; or one made from the options.
+
+    Raises:
+        NotFoundError: neither is given.
+        ConfigError: the file is wrong.
+        UsageError: an option is wrong.
+    """
+    from offloadd.config.load import load_value
+    from offloadd.model.recipe import BuildRecipe
+
+    file = directory / RECIPE
+    defaults: dict[str, Any] = {"name": safe_name(directory.name)}
+    if command:
+        defaults["steps"] = [shlex.join(command)]
+    if file.exists():
+        recipe = load_value(file, BuildRecipe, defaults=defaults)
+    elif command:
+        recipe = BuildRecipe.model_validate(defaults)
+    else:
+        hint = f"write one, or say what is to be run: offload build {shlex.quote(str(directory))} -- COMMAND"
+        raise NotFoundError(f"holds no {RECIPE}", subject=str(directory), hint=hint)
+    changes: dict[str, Any] = {
+        "steps": tuple(defaults["steps"]) if command else recipe.steps,
+        "packages": (*recipe.packages, *packages),
+        "outputs": (*recipe.outputs, *outputs),
+    }
+    return _checked(BuildRecipe, {**recipe.model_dump(by_alias=True), **changes}, {"packages": "--package", "outputs": "--output"})
+
+
+def make_request(recipe: BuildRecipe, options: Mapping[str, Any]) -> BuildRequest:
+    """The request; `options` are spelled as on the command line, without the dashes.
+
+    Raises:
+        UsageError: one of them is wrong, with its name.
+    """
+    from offloadd.model.recipe import BuildRequest
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return _checked(BuildRequest, {"recipe": recipe, **given}, {})
+
+
+def _checked(kind: type[Any], values: dict[str, Any], names: Mapping[str, str]) -> Any:
+    from offloadd.config.document import Document
+    from offloadd.config.load import check_document
+
+    try:
+        return check_document(Document(file="", values=values, lines={}), kind)
+    except ConfigError as exc:
+        wrong = []
+        for problem in exc.problems:
+            field = re.sub(r"\[\d+\]$", "", problem.field)
+            wrong.append(f"{names.get(field, f'--{field}')}: {problem.message}")
+        raise UsageError("; ".join(wrong)) from exc
+
+
+def safe_name(name: str) -> str:
+    """A directory's name as a recipe's name."""
+    return re.sub(r"[^a-zA-Z0-9._+-]+", "-", name).lstrip("._+-")[:64] or "build"

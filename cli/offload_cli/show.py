@@ -1,0 +1,223 @@
+"""How things look to a person.  Pure functions: values in, lines out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload_cli.terminal import clean, one_line
+from offloadd.model.quantity import format_date, format_duration, format_size, parse_date
+
+if TYPE_CHECKING:
+    from offload_cli.result import Result
+
+_ON_PURPOSE_S = 60.0
+"""A guest's clock that is further from the host's than this was set so."""
+_YEAR_MONTHS = 12
+_DAY_S = 86400
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns side by side, as wide as they must be."""
+    lines = [tuple(heads), *(tuple(one_line(cell) for cell in row) for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and values in two columns; pairs without a value are left out."""
+    kept = [(name, one_line(value, 1000)) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    return [f"  {name.ljust(width)}  {value}" for name, value in kept]
+
+
+def moment(seconds: float | None) -> str:
+    """A Unix time as a date in UTC; a dash for none."""
+    return format_date(datetime.fromtimestamp(seconds, UTC)) if seconds else "-"
+
+
+def ago(seconds: float | None, now: float) -> str:
+    """`3m05s ago`; a dash for never."""
+    if not seconds:
+        return "-"
+    age = max(now - seconds, 0.0)
+    return f"{int(age // _DAY_S)}d ago" if age >= 2 * _DAY_S else f"{format_duration(age)} ago"
+
+
+def shift(clock: datetime, now: datetime) -> str:
+    """How far `clock` is from `now`, in the two largest of years, months, days, and hours and minutes: `-6y10m`, `+3d`, `-2h00m`."""
+    sign, early, late = ("-", clock, now) if clock < now else ("+", now, clock)
+    months = (late.year - early.year) * _YEAR_MONTHS + late.month - early.month
+    if (late.day, late.timetz()) < (early.day, early.timetz()):
+        months -= 1
+    years, months = divmod(months, _YEAR_MONTHS)
+    if years or months:
+        return sign + (f"{years}y" if years else "") + (f"{months}m" if months else "")
+    seconds = (late - early).total_seconds()
+    return sign + (f"{int(seconds // _DAY_S)}d" if seconds >= _DAY_S else format_duration(seconds))
+
+
+def guest_clock(clock: str, now: float) -> str:
+    """`2020-01-01T00:03:12Z, shifted on purpose by -6y10m`."""
+    here, there = datetime.fromtimestamp(now, UTC), parse_date(clock)
+    if abs((there - here).total_seconds()) < _ON_PURPOSE_S:
+        return f"{clock}, as the host's"
+    return f"{clock}, shifted on purpose by {shift(there, here)}"
+
+
+def cpu(model: str, missing: Sequence[str], accelerator: str) -> str:
+    """A CPU model, and what the accelerator cannot give of it."""
+    return f"{model}; {accelerator.upper()} does not give it {', '.join(missing)}" if missing else model
+
+
+def pinning(cores: Sequence[int]) -> str:
+    """`vCPU 0 -> core 1, vCPU 1 -> core 0`."""
+    return ", ".join(f"vCPU {index} -> core {core}" for index, core in enumerate(cores))
+
+
+def build_summary(state: str, result: Mapping[str, Any], kept: Result | None) -> list[str]:
+    """How a build went: on what it ran, at which date, where its outputs are."""
+    name = f"{result.get('name', 'build')} {result.get('version', '')}".strip()
+    duration = result.get("duration_s")
+    first = f"{name}: {state}" + (f" in {format_duration(duration)}" if isinstance(duration, (int, float)) else "")
+    return [first, *fields([("build", str(result.get("build", ""))), *_where(result), *_kept(result, kept)])]
+
+
+def _where(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "instance" not in result:
+        return [("machine", str(result.get("machine", "")))]
+    boot = result.get("boot_s")
+    how = f", booted for it in {format_duration(boot)}" if result.get("own_vm") and boot else ", which was running"
+    clock = result.get("clock")
+    return [
+        ("machine", f"{result['machine']}{how}"),
+        ("accelerator", f"{str(result.get('accelerator', '')).upper()} (QEMU {result.get('qemu', '?')})"),
+        ("CPU", cpu(str(result.get("cpu", "")), list(result.get("missing_cpu_features", [])), str(result.get("accelerator", "")))),
+        ("date", f"{moment(clock)} in the guest" if isinstance(clock, (int, float)) else ""),
+    ]
+
+
+def _kept(result: Mapping[str, Any], kept: Result | None) -> list[tuple[str, str]]:
+    if kept is None:
+        return []
+    shown = short_path(kept.directory)
+    if kept.files:
+        word = "file" if kept.files == 1 else "files"
+        what = "build directory" if result.get("error") else "outputs"
+        where = f"{shown}/failed" if result.get("error") else shown
+        pairs = [(what, f"{where} ({kept.files} {word}, {format_size(kept.size)})")]
+    else:
+        pairs = [("record", f"{shown}/build.json")]
+    return [*pairs, *(("left out", f"{link} (leads out of the outputs)") for link in kept.left_out)]
+
+
+def short_path(path: Path) -> str:
+    """Relative to the current directory when it is inside."""
+    try:
+        return str(path.relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def builds_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
+    def row(build: Mapping[str, Any]) -> list[str]:
+        duration = build.get("duration_s")
+        took = format_duration(duration) if isinstance(duration, (int, float)) else "-"
+        name = f"{build['name']} {build['version']}"
+        date = str(build.get("date") or "-")
+        return [str(build["build"]), name, str(build["state"]), build["machine"] or "-", date, took, ago(build["created"], now)]
+
+    return table(["BUILD", "NAME", "STATE", "MACHINE", "DATE IN GUEST", "TOOK", "CREATED"], map(row, rows))
+
+
+def images_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
+    def row(image: Mapping[str, Any]) -> list[str]:
+        size = image.get("size_on_disk")
+        system = f"{image['suite']} {image['architecture']}"
+        kernel, made = str(image.get("kernel_version") or "-"), image.get("made")
+        when = ago(parse_date(made).timestamp(), now) if made else "-"
+        return [image["name"], image["digest"][:12], image["state"], system, kernel, format_size(size) if size else "-", when]
+
+    return table(["NAME", "DIGEST", "STATE", "SYSTEM", "KERNEL", "SIZE", "MADE"], map(row, rows))
+
+
+def image_text(image: Mapping[str, Any], now: float) -> str:
+    """`offload image show`."""
+    recipe, made, size = image.get("recipe", {}), image.get("made"), image.get("size_on_disk")
+    packages = image.get("packages", {})
+    pairs = [
+        ("state", str(image.get("state", ""))),
+        ("digest", str(image["digest"])),
+        ("system", f"{recipe.get('suite', '?')} {recipe.get('architecture', '?')}"),
+        ("kernel", str(image.get("kernel_version") or recipe.get("kernel", ""))),
+        ("made", f"{made} ({ago(parse_date(made).timestamp(), now)})" if made else ""),
+        ("size on disk", format_size(size) if size else ""),
+        ("disk in the guest", format_size(recipe["size"]) if recipe.get("size") else ""),
+        ("directory", str(image.get("directory", ""))),
+        ("packages", f"{len(packages)} (--json names them)" if packages else ", ".join(recipe.get("packages", []))),
+    ]
+    return "\n".join([clean(str(image["name"])), *fields(pairs)])
+
+
+def environments_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
+    def row(environment: Mapping[str, Any]) -> list[str]:
+        recipe = environment["recipe"]
+        names = " ".join(recipe["packages"]) or "-"
+        made = ago(parse_date(environment["made"]).timestamp(), now)
+        system = f"{recipe['suite']} {recipe['architecture']}"
+        return [environment["digest"][:12], system, format_size(environment["size"]), made, one_line(names, 60)]
+
+    return table(["DIGEST", "SYSTEM", "SIZE", "MADE", "PACKAGES"], map(row, rows))
+
+
+def machines_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
+    def row(machine: Mapping[str, Any]) -> list[str]:
+        state = f"{machine['state']} ({ago(machine['since'], now)})" if machine.get("since") else str(machine["state"])
+        memory = format_size(machine["memory_mib"] * 1024 * 1024)
+        cells = [machine["name"], machine["kind"], state, machine["date"], machine.get("cpu") or "by date"]
+        return [*cells, str(machine["cpu_count"]), memory, str(machine.get("ssh_port") or "-")]
+
+    return table(["NAME", "KIND", "STATE", "DATE", "CPU", "vCPUs", "MEMORY", "SSH"], map(row, rows))
+
+
+def machine_text(machine: Mapping[str, Any], now: float | None = None) -> str:
+    """`offload vm show`."""
+    now = time.time() if now is None else now
+    state = str(machine["state"]) + (f" since {moment(machine['since'])}" if machine.get("since") else "")
+    pairs = [("state", state), ("reason", str(machine.get("reason") or "")), ("systems", ", ".join(machine["systems"]))]
+    instance = machine.get("instance")
+    pairs += _instance_fields(instance, now) if instance else _declared_fields(machine)
+    pairs += [
+        ("vCPUs", str(machine["cpu_count"])),
+        ("memory", format_size(machine["memory_mib"] * 1024 * 1024)),
+        ("image", f"{machine['image']} ({instance['image_digest'][:12]})" if instance else str(machine["image"])),
+        ("secret root", str(machine.get("secret_root") or "made at the first start")),
+        ("console log", str(machine.get("console_log") or "")),
+        ("earlier logs", str(machine.get("logs") or "")),
+    ]
+    detail = [f"  | {line}" for line in clean(str(machine.get("detail") or "")).rstrip().splitlines()]
+    return "\n".join([clean(str(machine["name"])), *fields(pairs), *detail])
+
+
+def _instance_fields(instance: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
+    accelerator = str(instance["accelerator"])
+    ports = (f"127.0.0.1:{host} -> {guest}" for guest, host in instance["ports"].items())
+    return [
+        ("clock in the guest", guest_clock(instance["clock"], now)),
+        ("CPU", cpu(instance["cpu"], instance["missing_cpu_features"], accelerator)),
+        ("accelerator", f"{accelerator.upper()} (QEMU {instance['qemu_version']}, process {instance['pid']})"),
+        ("pinning", pinning(instance["cores"]) or "none"),
+        ("ports", ", ".join(ports)),
+    ]
+
+
+def _declared_fields(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    forwards = machine.get("configuration", {}).get("port-forwardings", {})
+    return [
+        ("date", f"{machine['date']} at each start"),
+        ("CPU", machine.get("cpu") or "the newest released before that date"),
+        ("ports", ", ".join(f"127.0.0.1:{host} -> {guest}" for host, guest in forwards.items())),
+    ]
