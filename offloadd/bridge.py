@@ -7,11 +7,12 @@ Python 3.14.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -33,7 +34,19 @@ class Bridge:
         """
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
-        future: Future[T] = self._portal.start_task_soon(function, *args)
+        running: list[asyncio.Task[Any]] = []
+
+        async def run() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            running.append(task)
+            return await function(*args)
+
+        def cancel() -> None:
+            # It was started before us, and the loop keeps that order.
+            running[0].cancel()
+
+        future: Future[T] = self._portal.start_task_soon(run)
 
         def wake(_: Future[T]) -> None:
             try:
@@ -45,7 +58,8 @@ class Bridge:
         try:
             await done.wait()
         except trio.Cancelled:
-            future.cancel()
+            # Not `future.cancel()`: that ends the future at once, while its task still cleans up or already has its result.
+            self._portal.start_task_soon(cancel)
             with trio.CancelScope(shield=True):
                 await done.wait()
             if not future.cancelled() and future.exception() is None:

@@ -125,9 +125,13 @@ class Cache:
             if digest != locked and lock is None:
                 continue
             try:
-                await remove_tree(making / name)
+                # The name in `making` goes last: as long as it is there, the next one tries again.
                 await remove_tree(_elsewhere(making / name))
+                await remove_tree(making / name)
                 swept.append(name)
+            except HostError:
+                # A leftover that cannot be removed now costs room, but is no reason not to make anything.
+                continue
             finally:
                 if lock is not None:
                     os.close(lock)
@@ -142,6 +146,7 @@ class Cache:
         making.mkdir()
         try:
             await make(making)
+            await remove_tree(_elsewhere(making))
             await trio.to_thread.run_sync(_sync_tree, making)
             if self.find(digest) is not None:
                 await self._discard(digest)
@@ -150,11 +155,9 @@ class Cache:
         except BaseException:
             with trio.CancelScope(shield=True), suppress(OffloadError, OSError):
                 # Failing here is no loss: the next maker sweeps.
+                await remove_tree(_elsewhere(making))
                 await remove_tree(making)
             raise
-        finally:
-            with trio.CancelScope(shield=True), suppress(OffloadError, OSError):
-                await remove_tree(_elsewhere(making))
         return self.root / digest
 
     async def _discard(self, digest: str) -> None:

@@ -96,16 +96,22 @@ class Client:
             raise _error(response)
         return response.json()
 
-    def stream(self, method: str, path: str) -> Iterator[Json]:
-        """The events of an answer in JSON lines, as they come."""
+    def stream(self, method: str, path: str, *, quiet_s: float | None = None) -> Iterator[Json]:
+        """The events of an answer in JSON lines, as they come.
+
+        Args:
+            quiet_s: end without a word when nothing came for this long; None waits for the end of the answer.
+        """
         try:
-            with self._http.stream(method, path) as response:
+            with self._http.stream(method, path, timeout=httpx.Timeout(None, connect=5, read=quiet_s)) as response:
                 if response.is_error:
                     response.read()
                     raise _error(response)
                 for line in response.iter_lines():
                     if line:
                         yield json.loads(line)
+        except httpx.ReadTimeout:
+            return
         except httpx.TransportError as exc:
             raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
 
@@ -132,15 +138,18 @@ class Client:
 
     def fetch_outputs(self, build: str, target: Path) -> bool:
         """Write the outputs, a tar, to `target`; False when the build has none."""
-        with self._http.stream("GET", f"/v1/builds/{build}/outputs") as response:
-            if response.status_code == httpx.codes.NOT_FOUND:
-                return False
-            if response.is_error:
-                response.read()
-                raise _error(response)
-            with target.open("wb") as file:
-                for piece in response.iter_bytes():
-                    file.write(piece)
+        try:
+            with self._http.stream("GET", f"/v1/builds/{build}/outputs") as response:
+                if response.status_code == httpx.codes.NOT_FOUND:
+                    return False
+                if response.is_error:
+                    response.read()
+                    raise _error(response)
+                with target.open("wb") as file:
+                    for piece in response.iter_bytes():
+                        file.write(piece)
+        except httpx.TransportError as exc:
+            raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
         return True
 
 

@@ -171,8 +171,11 @@ async def bootstrap(
     apt_options = [line for line in await read_program(["apt-config", "dump"]) if _APT_OPTION.fullmatch(line)]
     # The host's proxies are nobody's business inside.
     tidy = 'rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"'
-    argv = ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
-    argv += [f"--mode={'root' if os.geteuid() == 0 else 'unshare'}", f"--architectures={architecture}"]
+    root = os.geteuid() == 0
+    # As root its mounts would be the whole host's: whatever looks around there keeps them busy, and they outlive a killed daemon.
+    argv = ["unshare", "--mount", "--propagation=private"] if root else []
+    argv += ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
+    argv += [f"--mode={'root' if root else 'unshare'}", f"--architectures={architecture}"]
     argv += [f"--include={','.join(packages)}"] if packages else []
     argv += [f"--aptopt={option}" for option in dict.fromkeys(apt_options)]
     argv += [f"--dpkgopt={option}" for option in dpkg_options]

@@ -1,7 +1,7 @@
 """A nursery that raises one error as itself.
 
 trio turns whatever leaves a nursery into a group.  Our supervisors stop at the first error, so a group of one is unwrapped; where
-several of our own errors meet, the first that says more than "cancelled" is the one to tell.
+several of our own errors meet, the first is the one to tell, also when the nursery was being cancelled from outside.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ async def open_narrow_nursery() -> AsyncIterator[trio.Nursery]:
 
 
 def narrow(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error of a group, the first of ours where all are ours, else the group itself."""
-    leaves = list(_leaves(group))
-    if len(leaves) == 1 or all(isinstance(leaf, OffloadError) for leaf in leaves):
-        return leaves[0]
+    """The one error of a group, the first of ours where all are ours, else the group itself; a cancellation says less than an error."""
+    leaves = _leaves(group)
+    errors = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)] or leaves[:1]
+    if len(errors) == 1 or all(isinstance(error, OffloadError) for error in errors):
+        return errors[0]
     return group
 
 

@@ -77,7 +77,7 @@ async def run_program(
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        process = await _start(argv, writer, env, cwd, stdin)
+        process, guard = await _start(argv, writer, env, cwd, stdin)
     except BaseException:
         os.close(reader)
         raise
@@ -92,7 +92,7 @@ async def run_program(
             await _wait_exit(process.pid)
         finally:
             with trio.CancelScope(shield=True):
-                await _end_group(process, terminate_limit_s)
+                await _end_group(process, guard, terminate_limit_s)
             # Somebody who left the group may still hold the pipe.
             reading.deadline = trio.current_time() + _DRAIN_LIMIT_S
     if process.returncode:
@@ -108,11 +108,12 @@ async def read_program(argv: Sequence[str], *, subject: str = "", error: type[Of
 
 async def _start(
     argv: Sequence[str], output: int, env: Mapping[str, str] | None, cwd: Path | None, stdin: Path | None
-) -> subprocess.Popen[bytes]:
+) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """The program, and its guard."""
     source = os.open(stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+    def start() -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+        process = subprocess.Popen(
             list(argv),
             stdin=source,
             stdout=output,
@@ -121,6 +122,12 @@ async def _start(
             cwd=cwd,
             start_new_session=True,
         )
+        try:
+            return process, _guard(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
 
     try:
         # A thread without `abandon_on_cancel` is waited for: a process that was started always has an owner.
@@ -129,6 +136,16 @@ async def _start(
         raise _start_error(argv[0], exc) from exc
     finally:
         os.close(source)
+
+
+def _guard(group: int) -> subprocess.Popen[bytes]:
+    """A process that kills `group` when we are gone without having done so: it sees the end of a pipe that only we hold.
+
+    mmdebstrap, for one, goes on when nobody reads what it says, and would write into what the next maker sweeps.
+    """
+    argv = ["/bin/sh", "-c", 'read -r _; kill -KILL "-$1"', "guard", str(group)]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=null, stderr=null, cwd="/", start_new_session=True)
 
 
 def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -150,6 +167,13 @@ def _start_error(program: str, exc: OSError) -> OffloadError:
 def full_disk(subject: str, where: Path, error: type[OffloadError] = HostError) -> OffloadError:
     """The error that says which disk is full."""
     return error(f"the disk is full at {where}", subject=subject, hint="make room there, or try `offload image gc`")
+
+
+def host_error(exc: OSError, subject: str, where: Path) -> OffloadError:
+    """What the host refused while something was written at `where`."""
+    if is_disk_full(exc):
+        return full_disk(subject, where)
+    return HostError(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}", subject=subject)
 
 
 def is_disk_full(exc: OSError) -> bool:
@@ -203,11 +227,14 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         os.killpg(process.pid, number)
 
 
-async def _end_group(process: subprocess.Popen[bytes], limit_s: float) -> None:
-    """Leave no process of the group behind, and reap its leader."""
+async def _end_group(process: subprocess.Popen[bytes], guard: subprocess.Popen[bytes], limit_s: float) -> None:
+    """Leave no process of the group behind, and reap its leader last: until then nobody else can get the group's number."""
     _signal_group(process, signal.SIGTERM)
     with trio.move_on_after(limit_s):
         await _wait_exit(process.pid)
     _signal_group(process, signal.SIGKILL)
+    guard.kill()
+    await _wait_exit(guard.pid)
+    guard.communicate()
     await _wait_exit(process.pid)
     process.wait()

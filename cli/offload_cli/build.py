@@ -15,8 +15,8 @@ from offload_cli.complete import machine_names
 from offload_cli.connection import open_client
 from offload_cli.follow import Ended, follow
 from offload_cli.phases import Phases, open_phases
-from offload_cli.request import check_directory, find_recipe, make_request
-from offload_cli.result import DEFAULT, check_out, keep_result
+from offload_cli.request import Changes, check_directory, find_recipe, make_request
+from offload_cli.result import DEFAULT, FAILED, check_out, keep_result
 from offload_cli.show import build_summary
 from offload_cli.terminal import LogStream, print_json, say, say_error
 from offload_cli.words import json_option, tail
@@ -42,18 +42,22 @@ class _Order:
 
 def build(
     ctx: typer.Context,
-    directory: Path = typer.Argument(Path(), metavar="[DIR]", show_default=False, help="The source; by default the current directory."),
-    date: str | None = typer.Option(None, metavar="DATE", help="What the clock says when the first step begins: 2020-01-01, now, ..."),
+    directory: Path = typer.Argument(
+        Path(), metavar="[DIR]", show_default=False, help="The source; by default the current directory."
+    ),
+    date: str | None = typer.Option(None, metavar="DATE", help="The clock at the first step: 2020-01-01, now, @SECONDS."),
     cpu: str | None = typer.Option(None, metavar="MODEL", help="The CPU model, in QEMU's words; by default one of that time."),
-    machine: str | None = typer.Option(None, metavar="NAME", autocompletion=machine_names, help="The machine; by default the first that can."),
+    machine: str | None = typer.Option(
+        None, metavar="NAME", autocompletion=machine_names, help="The machine; by default the first that can."
+    ),
     out: Path | None = typer.Option(
         None, "-o", "--out", metavar="OUT", help="Where the result goes; by default offload-out/NAME-VERSION."
     ),
     timeout: str | None = typer.Option(None, metavar="TIME", help="End the build after this time: 90, 10m, 2h."),
-    max_silent_time: str | None = typer.Option(None, metavar="TIME", help="End the build when it prints nothing for this long."),
-    keep_failed: bool = typer.Option(False, help="Bring the build directory of a failed build back, to OUT/failed."),
-    package: list[str] = typer.Option([], "-p", "--package", metavar="PKG", help="A Debian package that the build needs; repeatable."),
-    output: list[str] = typer.Option([], "--output", metavar="PATTERN", help="What is brought back, relative to DIR; repeatable."),
+    max_silent_time: str | None = typer.Option(None, metavar="TIME", help="End the build when it is silent for this long."),
+    keep_failed: bool = typer.Option(False, "--keep-failed", help="Bring a failed build's directory back, to OUT/failed."),
+    package: list[str] = typer.Option([], "-p", "--package", metavar="PKG", help="A Debian package that it needs; repeatable."),
+    output: list[str] = typer.Option([], "--output", metavar="PATTERN", help="What to bring back; repeatable."),
     as_json: bool = json_option(),
 ) -> None:
     """Build a directory in a machine, and bring the result back.
@@ -75,7 +79,8 @@ def build(
         "keep-failed": keep_failed,
     }
     try:
-        order = _order(directory, tail(ctx), package, output, options, out)
+        changes = Changes(command=tail(ctx), packages=tuple(package), outputs=tuple(output))
+        order = _order(directory, changes, options, out)
         status = _run(order, as_json=as_json)
     except OffloadError as exc:
         if as_json:
@@ -84,11 +89,9 @@ def build(
     raise typer.Exit(status)
 
 
-def _order(
-    directory: Path, command: tuple[str, ...], packages: list[str], outputs: list[str], options: dict[str, Any], out: Path | None
-) -> _Order:
+def _order(directory: Path, changes: Changes, options: dict[str, Any], out: Path | None) -> _Order:
     source = check_directory(directory)
-    recipe = find_recipe(source, command, packages, outputs)
+    recipe = find_recipe(source, changes)
     request = make_request(recipe, options)
     target = check_out(out or Path(DEFAULT) / f"{recipe.name}-{recipe.version}", source)
     return _Order(source=source, request=request, out=target, exclude=(target, Path(DEFAULT).resolve()))
@@ -130,17 +133,22 @@ def _follow_or_cancel(client: Client, build: str, phases: Phases, log: LogStream
 
 
 def _finish(client: Client, order: _Order, build: str, ended: Ended, *, as_json: bool) -> int:
-    """Fetch what there is, and tell how it went."""
-    shown = dict(ended.result)
-    kept = None
-    if ended.state != "cancelled":
-        kept = keep_result(client, order.out, build, ended.result, failed=ended.exit_status != 0)
-        shown["out"] = str(kept.directory)
+    """Tell how it went, and fetch what there is."""
     error = ended.result.get("error")
     if isinstance(error, dict):
         say_error(error_from_json(error))
-    say_lines = build_summary(ended.state, ended.result, kept)
-    say("\n".join(say_lines))
+    shown, kept = dict(ended.result), None
+    if ended.state != "cancelled":
+        kept = keep_result(client, order.out, build, ended.result, outputs=_outputs(order, ended))
+        shown["out"] = str(kept.directory)
+    say("\n".join(build_summary(ended.state, ended.result, kept)))
     if as_json:
         print_json(shown)
     return ended.exit_status
+
+
+def _outputs(order: _Order, ended: Ended) -> str | None:
+    """Where the outputs go inside of OUT; None when there is nothing that is whole."""
+    if ended.state == "succeeded":
+        return ""
+    return FAILED if ended.state == "failed" and order.request.keep_failed else None

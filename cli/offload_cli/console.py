@@ -62,7 +62,8 @@ def _connect(path: Path) -> Iterator[socket.socket]:
         finally:
             os.close(folder)
     except OSError as exc:
-        raise DaemonError(f"cannot connect to the console: {exc.strerror}", subject=path.parent.name, hint="offload vm list") from exc
+        what = f"cannot connect to the console: {exc.strerror}"
+        raise DaemonError(what, subject=path.parent.name, hint="offload vm list") from exc
     with console:
         yield console
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import os
+import select
 
 import typer
 
@@ -28,8 +29,8 @@ def status(as_json: bool = json_option()) -> None:
     from offloadd.client import Client
 
     with Client() as client:
-        if not client.answers:
-            raise NotFoundError("not running", subject="offloadd", hint="it starts by itself with the first command that needs it")
+        if not client.answers():
+            raise NotFoundError("not running", subject="offloadd", hint="the first command that needs it starts it")
         found = client.get("/v1/status")
     if as_json:
         print_json(found)
@@ -60,7 +61,7 @@ def stop(as_json: bool = json_option()) -> None:
     from offloadd.client import Client
 
     with Client() as client:
-        if not client.answers:
+        if not client.answers():
             raise NotFoundError("not running", subject="offloadd")
         stopped = client.post("/v1/stop")
         ended = _wait_ended(int(stopped["pid"]))
@@ -72,16 +73,12 @@ def stop(as_json: bool = json_option()) -> None:
 
 def _wait_ended(pid: int) -> bool:
     """Whether the process ends within the limit.  It is no child of ours: there is nothing to wait on but its descriptor."""
-    import os
-    import select
-
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
         return True
     try:
-        began = time.monotonic()
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, _STOP_S - (time.monotonic() - began)))
+        ready, _, _ = select.select([descriptor], [], [], _STOP_S)
         return bool(ready)
     finally:
         os.close(descriptor)

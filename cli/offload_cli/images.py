@@ -38,7 +38,7 @@ def list_(as_json: bool = json_option()) -> None:
 @app.command()
 def build(
     name: str = typer.Argument(metavar="NAME", autocompletion=image_names, help="The image's name."),
-    rebuild: bool = typer.Option(False, help="Make it again, although it is there."),
+    rebuild: bool = typer.Option(False, "--rebuild", help="Make it again, although it is there."),
     as_json: bool = json_option(),
 ) -> None:
     """Make an image, unless it is there: then it is checked.
@@ -128,4 +128,5 @@ def list_environments(as_json: bool = json_option()) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_text(environments_table(rows, time.time()) if rows else "No environments yet: a build makes the one that it needs.")
+        none = "No environments yet: a build makes the one that it needs."
+        print_text(environments_table(rows, time.time()) if rows else none)

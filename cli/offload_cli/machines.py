@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,8 @@ def start(name: str = _NAME, as_json: bool = json_option()) -> None:
 
 def _stop_start(client: Client, name: str) -> None:
     """The user does not want it any more."""
-    try:
+    with suppress(NotFoundError):  # it had not begun, or is over
         client.post(f"/v1/machines/{name}/stop")
-    except NotFoundError:
-        pass  # it had not begun, or is over
 
 
 @app.command()

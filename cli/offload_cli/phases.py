@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _CHANGING = re.compile(r"\([^()]*\)$|\d+")
+_EVERY_S = 5.0
 
 
 class Phases(Protocol):
@@ -31,17 +33,20 @@ class Phases(Protocol):
 
 
 class PlainPhases:
-    """Each phase once, as `==> phase`."""
+    """Each phase once, as `==> phase`; of those with a fraction, which go through hundreds of texts, one every few seconds."""
 
     def __init__(self) -> None:
-        self._seen = ""
+        self._seen: set[str] = set()
+        self._told = 0.0
 
     def tell(self, text: str, fraction: float | None) -> None:
         # What only counts up is the same phase.
-        key = _CHANGING.sub("", text)
-        if key != self._seen:
-            self._seen = key
-            self.line(text)
+        key = _CHANGING.sub("", text) if fraction is None else text.split(" ", 1)[0]
+        due = fraction is not None and time.monotonic() - self._told >= _EVERY_S
+        if key not in self._seen or due:
+            self._seen.add(key)
+            self._told = time.monotonic()
+            self.line(text if fraction is None or fraction >= 1 else f"{text} ({fraction:.0%})")
 
     def line(self, text: str) -> None:
         sys.stderr.write(f"==> {one_line(text)}\n")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from offloadd.errors import ConfigError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from offloadd.model.base import Value
     from offloadd.model.recipe import BuildRecipe, BuildRequest
 
+V = TypeVar("V", bound="Value")
 RECIPE = "offload.yaml"
 
 
@@ -29,10 +32,18 @@ def check_directory(directory: Path) -> Path:
     return directory.resolve()
 
 
-def find_recipe(
-    directory: Path, command: Sequence[str] = (), packages: Sequence[str] = (), outputs: Sequence[str] = ()
-) -> BuildRecipe:
-    """The directory's own recipe, what the options add to it, and `command` in place of its steps; or one made from the options.
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What the command line says about the recipe."""
+
+    command: tuple[str, ...] = ()
+    """In place of the steps."""
+    packages: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
+    """The directory's own recipe with the changes; or one made from the changes alone.
 
     Raises:
         NotFoundError: neither is given.
@@ -44,21 +55,22 @@ def find_recipe(
 
     file = directory / RECIPE
     defaults: dict[str, Any] = {"name": safe_name(directory.name)}
-    if command:
-        defaults["steps"] = [shlex.join(command)]
+    if changes.command:
+        defaults["steps"] = [shlex.join(changes.command)]
     if file.exists():
         recipe = load_value(file, BuildRecipe, defaults=defaults)
-    elif command:
+    elif changes.command:
         recipe = BuildRecipe.model_validate(defaults)
     else:
         hint = f"write one, or say what is to be run: offload build {shlex.quote(str(directory))} -- COMMAND"
         raise NotFoundError(f"holds no {RECIPE}", subject=str(directory), hint=hint)
-    changes: dict[str, Any] = {
-        "steps": tuple(defaults["steps"]) if command else recipe.steps,
-        "packages": (*recipe.packages, *packages),
-        "outputs": (*recipe.outputs, *outputs),
+    values: dict[str, Any] = {
+        **recipe.model_dump(by_alias=True),
+        "steps": defaults.get("steps", recipe.steps),
+        "packages": (*recipe.packages, *changes.packages),
+        "outputs": (*recipe.outputs, *changes.outputs),
     }
-    return _checked(BuildRecipe, {**recipe.model_dump(by_alias=True), **changes}, {"packages": "--package", "outputs": "--output"})
+    return _checked(BuildRecipe, values, {"packages": "--package", "outputs": "--output"})
 
 
 def make_request(recipe: BuildRecipe, options: Mapping[str, Any]) -> BuildRequest:
@@ -73,7 +85,7 @@ def make_request(recipe: BuildRecipe, options: Mapping[str, Any]) -> BuildReques
     return _checked(BuildRequest, {"recipe": recipe, **given}, {})
 
 
-def _checked(kind: type[Any], values: dict[str, Any], names: Mapping[str, str]) -> Any:
+def _checked(kind: type[V], values: dict[str, Any], names: Mapping[str, str]) -> V:
     from offloadd.config.document import Document
     from offloadd.config.load import check_document
 

@@ -40,7 +40,8 @@ def check_out(out: Path, source: Path) -> Path:
         UsageError: something is there that we have not made, or would go with it.
     """
     target = Path(os.path.realpath(out))
-    for kept, what in ((source, "the source"), (Path.cwd().resolve(), "the current directory"), (Path.home().resolve(), "your home")):
+    kept_ones = {"the source": source, "the current directory": Path.cwd().resolve(), "your home": Path.home().resolve()}
+    for what, kept in kept_ones.items():
         if kept.is_relative_to(target):
             raise UsageError(f"--out would replace {what}", subject=str(out), hint="choose a directory of its own")
     if target.is_dir():
@@ -50,7 +51,8 @@ def check_out(out: Path, source: Path) -> Path:
             raise UsageError(f"--out cannot be read: {exc.strerror}", subject=str(out)) from exc
         if inside and not _is_ours(target / RECORD):
             hint = "choose another directory, or remove it"
-            raise UsageError(f"--out is not empty, and offload has not made it (it holds {inside[0]})", subject=str(out), hint=hint)
+            what = f"--out is not empty, and offload has not made it (it holds {inside[0]})"
+            raise UsageError(what, subject=str(out), hint=hint)
     elif os.path.lexists(target):
         raise UsageError("--out is not a directory", subject=str(out))
     return target
@@ -64,11 +66,11 @@ def _is_ours(record: Path) -> bool:
     return isinstance(found, dict) and {"build", "state"} <= found.keys()
 
 
-def keep_result(client: Client, target: Path, build: str, result: Mapping[str, Any], *, failed: bool) -> Result:
+def keep_result(client: Client, target: Path, build: str, result: Mapping[str, Any], *, outputs: str | None) -> Result:
     """Fetch the outputs of `build` and put them and the record at `target`, all at once.
 
     Args:
-        failed: what comes back is the build directory of a failed build.
+        outputs: the directory in `target` for the outputs (empty: `target` itself), None when they are not wanted.
     Raises:
         HostError: it cannot be written.
         ProtocolError: the guest's outputs are refused.
@@ -78,8 +80,8 @@ def keep_result(client: Client, target: Path, build: str, result: Mapping[str, A
     with _replacing(target) as new:
         tar = new / f".outputs-{secrets.token_hex(4)}.tar"
         files, size, left_out = 0, 0, tuple[str, ...]()
-        if client.fetch_outputs(build, tar):
-            unpacked = unpack_outputs(tar, new / FAILED if failed else new)
+        if outputs is not None and client.fetch_outputs(build, tar):
+            unpacked = unpack_outputs(tar, new / outputs)
             files, size, left_out = unpacked.files, unpacked.size, unpacked.left_out
             tar.unlink()
         record = new / RECORD

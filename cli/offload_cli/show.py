@@ -48,7 +48,7 @@ def ago(seconds: float | None, now: float) -> str:
 
 
 def shift(clock: datetime, now: datetime) -> str:
-    """How far `clock` is from `now`, in the two largest of years, months, days, and hours and minutes: `-6y10m`, `+3d`, `-2h00m`."""
+    """How far `clock` is from `now`: `-6y10m`, `+3d`, `-2h00m`."""
     sign, early, late = ("-", clock, now) if clock < now else ("+", now, clock)
     months = (late.year - early.year) * _YEAR_MONTHS + late.month - early.month
     if (late.day, late.timetz()) < (early.day, early.timetz()):
@@ -68,9 +68,14 @@ def guest_clock(clock: str, now: float) -> str:
     return f"{clock}, shifted on purpose by {shift(there, here)}"
 
 
-def cpu(model: str, missing: Sequence[str], accelerator: str) -> str:
-    """A CPU model, and what the accelerator cannot give of it."""
-    return f"{model}; {accelerator.upper()} does not give it {', '.join(missing)}" if missing else model
+def cpu(model: str, missing: Sequence[str], accelerator: str, *, limit: int | None = None) -> str:
+    """A CPU model, and what the accelerator cannot give of it: at most `limit` names."""
+    # QEMU's `CPUID.01H:ECX.pcid`: where the bit stands is in the JSON.
+    names = [feature.rsplit(".", 1)[-1] for feature in missing]
+    if not names:
+        return model
+    more = f" and {len(names) - limit} more" if limit is not None and len(names) > limit else ""
+    return f"{model}; {accelerator.upper()} does not give it {', '.join(names[:limit])}{more}"
 
 
 def pinning(cores: Sequence[int]) -> str:
@@ -91,11 +96,11 @@ def _where(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("machine", str(result.get("machine", "")))]
     boot = result.get("boot_s")
     how = f", booted for it in {format_duration(boot)}" if result.get("own_vm") and boot else ", which was running"
-    clock = result.get("clock")
+    clock, model, accelerator = result.get("clock"), str(result.get("cpu", "")), str(result.get("accelerator", ""))
     return [
         ("machine", f"{result['machine']}{how}"),
-        ("accelerator", f"{str(result.get('accelerator', '')).upper()} (QEMU {result.get('qemu', '?')})"),
-        ("CPU", cpu(str(result.get("cpu", "")), list(result.get("missing_cpu_features", [])), str(result.get("accelerator", "")))),
+        ("accelerator", f"{accelerator.upper()} (QEMU {result.get('qemu', '?')})"),
+        ("CPU", cpu(model, result.get("missing_cpu_features", []), accelerator, limit=4)),
         ("date", f"{moment(clock)} in the guest" if isinstance(clock, (int, float)) else ""),
     ]
 

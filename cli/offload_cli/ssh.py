@@ -1,6 +1,6 @@
 """OpenSSH's client, for a person in a machine.
 
-The host keys that we gave to the guest are the only ones that are accepted; nothing of the user's own SSH configuration is used.
+Only the host keys that we gave to the guest are accepted; nothing of the user's own SSH configuration is used.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def _write_known_hosts(machine: Mapping[str, Any]) -> Path:
 def _become(argv: list[str]) -> NoReturn:
     sys.stdout.flush()
     try:
-        os.execvp(argv[0], argv)
+        os.execvp(argv[0], argv)  # noqa: S606 - a program and its arguments
     except FileNotFoundError as exc:
         raise HostError("ssh is not installed", hint="apt-get install openssh-client") from exc

@@ -1,7 +1,7 @@
 """The outputs of a build on their way back: a tar from a guest that may be hostile, and files in a directory of the user's.
 
 Nothing of the tar is unpacked before all of it was checked, and nothing is ever written through a link: each directory on the
-way is opened by itself.  Links that lead out of the outputs (as those of a Python virtual environment do) are left out and named.
+way is opened by itself.  Links that lead out of the outputs (as a Python virtual environment's do) are left out and named.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def unpack_outputs(tar: Path, target: Path, *, max_members: int = MAX_MEMBERS) -
     """Unpack a guest's outputs into `target`; files of the same name are replaced.  Blocks: call it in a thread.
 
     Raises:
-        ProtocolError: the tar is damaged or has something that our build service never sends; nothing was unpacked then, unless a
-            later member contradicts an earlier one.
-        UsageError: something in `target` is in the way: a directory where a file goes, or the other way round.
+        ProtocolError: the tar is damaged or has something that our build service never sends; nothing was unpacked then.
+        UsageError: something in `target`, or an earlier member, is in the way: a directory where a file goes, or the other way
+            round.
         HostError: the disk is full, or `target` cannot be written.
     """
     try:
@@ -133,8 +133,8 @@ def _check(member: Member) -> None:
 def leads_out(name: str, link: str) -> bool:
     """Whether the link `name` -> `link` could lead out of the top directory.
 
-    `..` is only taken at its beginning, where it starts from a directory that is known to be real: behind another link's name it
-    would start from wherever that one leads.
+    `..` is only taken at its beginning, where it starts from a directory that is known to be real: behind another link's name
+    it would start from wherever that one leads.
     """
     parts = [part for part in link.split("/") if part not in ("", ".")]
     depth = name.count("/")

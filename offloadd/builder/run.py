@@ -17,15 +17,18 @@ from typing import Any, Protocol
 import trio
 
 from offloadd.builder.outputs import OutputsReceiver
-from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError
-from offloadd.guest.frames import PIECE, Decoder, Frame, encode
+from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, UsageError
+from offloadd.guest.frames import MAX_PAYLOAD, PIECE, Decoder, Frame, encode
 from offloadd.guest.ssh import Guest, GuestProcess
 from offloadd.model.quantity import format_date, format_duration
 from offloadd.nursery import open_narrow_nursery
+from offloadd.vm.console import clean
 
 COMMAND = "sudo -n /usr/lib/offload/build-service"
 PREPARE_S = 900.0
 """For the guest to take the source and to find its disk."""
+LAST_WORDS_S = 2.0
+"""For what a build service that ended has said."""
 CLOCK_TOLERANCE_S = 10.0
 MAX_LOG_BYTES = 1 << 30
 
@@ -107,6 +110,8 @@ class _Session:
         self._decoder = Decoder()
         self._text = codecs.getincrementaldecoder("utf-8")("replace")
         self._stderr = b""
+        self._no_more_errors = trio.Event()
+        self._step = 0
         self._log_bytes = 0
         self._began = 0.0
         self._exited = self._complete = self._done = False
@@ -116,6 +121,7 @@ class _Session:
     async def read_errors(self) -> None:
         while piece := await self._process.receive_error():
             self._stderr = (self._stderr + piece)[-4096:]
+        self._no_more_errors.set()
 
     async def send_source(self) -> None:
         job = self._job
@@ -130,11 +136,19 @@ class _Session:
             "outputs": job.outputs,
             "keep_failed": job.keep_failed,
         }
-        await self._process.send(encode(b"B", json.dumps(begin).encode()))
-        async with await trio.open_file(job.source, "rb") as file:
-            while piece := await file.read(PIECE):
-                await self._process.send(encode(b"S", piece))
-        await self._process.send(encode(b"s", b""))
+        head = json.dumps(begin).encode()
+        if len(head) > MAX_PAYLOAD:
+            raise UsageError(f"the recipe is larger than {MAX_PAYLOAD >> 10} KiB")
+        try:
+            await self._process.send(encode(b"B", head))
+            async with await trio.open_file(job.source, "rb") as file:
+                while piece := await file.read(PIECE):
+                    await self._process.send(encode(b"S", piece))
+            await self._process.send(encode(b"s"))
+        except SshError:
+            # A service that closes has said why: whoever receives reads that first.
+            await trio.sleep(LAST_WORDS_S)
+            raise
 
     async def receive(self) -> None:
         """Take frames until the guest is done or a limit is reached."""
@@ -143,6 +157,8 @@ class _Session:
             while not self._done:
                 data = await self._process.receive()
                 if not data:
+                    with trio.move_on_after(LAST_WORDS_S):
+                        await self._no_more_errors.wait()
                     raise self._broken("the guest's build service ended early", error=SshError)
                 for frame in self._decoder.feed(data):
                     self._take(frame)
@@ -183,20 +199,21 @@ class _Session:
             case "started" if not self.report.started:
                 self._started(event)
             case "step" if self.report.started:
-                index, count = _number(event, "index"), _number(event, "count")
-                self._listener.step(index, count, str(event.get("command", "")))
+                self._begin_step(_number(event, "index"))
             case "exit" if self.report.started and not self._exited:
                 self._exit(event)
             case "outputs" if self._exited:
-                self.report.missing_outputs = tuple(str(name) for name in event.get("missing", [])[:1000])
+                self._note_missing(event.get("missing"))
             case "error":
-                raise self._broken(f"the guest's build service: {str(event.get('what'))[:1000]}")
+                raise self._broken(f"the guest's build service: {clean(str(event.get('what'))[:1000])}")
             case other:
-                raise self._broken(f"the guest sent the event {other!r} out of order")
+                raise self._broken(f"the guest sent the event {repr(other)[:100]} out of order")
 
     def _started(self, event: dict[str, Any]) -> None:
         clock, expected = event.get("clock"), self._job.expected_clock()
-        if not isinstance(clock, (int, float)) or abs(clock - expected) > CLOCK_TOLERANCE_S:
+        # A guest can send NaN, which is neither near nor far, and numbers that no float holds.
+        near = isinstance(clock, (int, float)) and expected - CLOCK_TOLERANCE_S <= clock <= expected + CLOCK_TOLERANCE_S
+        if not near:
             shown = _shown(clock)
             raise self._broken(f"the guest's clock shows {shown}, not {_shown(expected)}: the build was not started")
         self.report.started = event
@@ -204,6 +221,19 @@ class _Session:
         self._limit.deadline = self._began + self._job.timeout_s
         self._silence.deadline = self._began + self._job.max_silent_s
         self._listener.started(self.report)
+
+    def _begin_step(self, index: int) -> None:
+        """Our own words for it: a guest could send others, and without end."""
+        if index != self._step + 1 or index > len(self._job.steps):
+            raise self._broken(f"the guest began step {index} after step {self._step}")
+        self._step = index
+        self._listener.step(index, len(self._job.steps), self._job.steps[index - 1])
+
+    def _note_missing(self, missing: object) -> None:
+        """Only what was asked for can be missing."""
+        if not isinstance(missing, list):
+            raise self._broken("the guest does not say which outputs are missing")
+        self.report.missing_outputs = tuple(pattern for pattern in self._job.outputs if pattern in missing)
 
     def _exit(self, event: dict[str, Any]) -> None:
         if rest := self._text.decode(b"", final=True):
@@ -225,13 +255,13 @@ class _Session:
         self._done = True
 
     def _broken(self, what: str, *, error: type[ProtocolError] | type[SshError] = ProtocolError) -> ProtocolError | SshError:
-        return error(what, detail=self._stderr.decode(errors="replace"))
+        return error(what, detail=clean(self._stderr.decode(errors="replace")))
 
 
 def _number(event: dict[str, Any], field: str) -> int:
     value = event.get(field)
-    if not isinstance(value, int) or not 0 <= value <= 1_000_000:
-        raise ProtocolError(f"the guest sent {field} {value!r}")
+    if type(value) is not int or not 0 <= value <= 1_000_000:
+        raise ProtocolError(f"the guest sent {field} {repr(value)[:100]}")
     return value
 
 

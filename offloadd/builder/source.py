@@ -69,7 +69,8 @@ def _member(path: Path, name: str, first_names: dict[tuple[int, int], str]) -> M
     kind = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFLNK: Kind.SYMLINK}.get(stat.S_IFMT(about.st_mode))
     if kind is None:
         raise UsageError(f"is a {_type_name(about.st_mode)}, which cannot be sent to a machine", subject=str(path), hint=_HINT)
-    link = str(path.readlink()) if kind is Kind.SYMLINK else ""
+    # pathlib's readlink would tidy up what it says.
+    link = os.readlink(path) if kind is Kind.SYMLINK else ""  # noqa: PTH115
     if kind is Kind.FILE and about.st_nlink > 1:
         link = first_names.setdefault((about.st_dev, about.st_ino), name)
         kind, link = (Kind.FILE, "") if link == name else (Kind.HARD_LINK, link)

@@ -22,6 +22,10 @@ MAX_NAME = 4095
 """Linux's PATH_MAX without the final zero byte."""
 
 
+MAX_FILE = 1 << 50
+"""Bytes; more than any disk holds, and an offset that a file can be read at."""
+
+
 class TarError(ValueError):
     """The tar is damaged, or has something in it that is not taken."""
 
@@ -198,7 +202,7 @@ def _pax_number(records: dict[bytes, bytes], key: bytes, otherwise: int) -> int:
         if not digits.removeprefix(b"-").isdigit() or len(digits) > 20:
             raise TarError(f"an extended header says {key.decode()} {text[:40]!r}")
         value = int(digits)
-    if key == b"size" and not 0 <= value < 1 << 62:
+    if key == b"size" and not 0 <= value <= MAX_FILE:
         raise TarError(f"a file of {value} bytes")
     return value
 

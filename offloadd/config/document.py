@@ -19,6 +19,8 @@ FieldPath = tuple["str | int", ...]
 
 MAX_BYTES = 1024 * 1024
 """A larger file is not one of ours; PyYAML would need minutes for it."""
+MAX_NODES = 100_000
+"""With aliases followed: a few lines of them can stand for more than fits into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,12 @@ def parse_document(text: str, file: str) -> Document:
         raise ConfigError([Problem(file=file, line=line, field="", message=f"not valid YAML: {exc.problem}")]) from exc
     except yaml.YAMLError as exc:
         raise ConfigError([Problem(file=file, line=0, field="", message=f"not valid YAML: {exc}")]) from exc
+    except RecursionError as exc:
+        raise ConfigError([Problem(file=file, line=0, field="", message="not valid YAML: nested too deeply")]) from exc
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError([Problem(file=file, line=1, field="", message="expected `key: value` lines")])
+    if not _finite(node):
+        raise ConfigError([Problem(file=file, line=0, field="", message="nested too deeply or too large with its aliases followed")])
     problems = list(_odd_keys(node, file, ()))
     if problems:
         raise ConfigError(problems)
@@ -103,8 +109,24 @@ def _construct(text: str) -> dict[str, Any]:
     return values
 
 
+def _finite(node: yaml.Node) -> bool:
+    """Whether walks over the tree end soon: an alias may stand for what it is a part of."""
+    waiting = [(node, 0)]
+    count = 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > 50 or count > MAX_NODES:
+            return False
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(item, depth + 1) for item in node.value]
+    return True
+
+
 def _odd_keys(node: yaml.Node, file: str, path: FieldPath) -> Iterator[Problem]:
-    """Keys that stand twice or are no scalars, and aliases to themselves (PyYAML would recurse)."""
+    """Keys that stand twice, and those that are no scalars."""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -139,4 +161,10 @@ def field_name(path: FieldPath) -> str:
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def dump_yaml(value: dict[str, Any]) -> str:
+    """Plain values as YAML that `parse_document` reads back; the order of the keys is kept."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
     return text

@@ -66,12 +66,16 @@ def load_library(folders: Iterable[Path]) -> Library:
 
 def _load_folder(folder: Path, kind: type[V], problems: list[Problem]) -> dict[str, tuple[V, Path, int]]:
     found: dict[str, tuple[V, Path, int]] = {}
-    for path in sorted(folder.glob("*.yaml")):
+    # Hidden ones are editors' own.
+    for path in sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(".")):
         try:
             document = read_document(path)
             value = check_document(document, kind, defaults={"name": path.stem})
         except ConfigError as exc:
             problems += exc.problems
+            continue
+        except NotFoundError as exc:
+            problems.append(Problem(file=str(path), line=0, field="", message=exc.what))
             continue
         if value.name in found:
             first = found[value.name][1].name

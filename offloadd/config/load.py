@@ -69,5 +69,7 @@ def _message(error: Any, path: FieldPath, kind: type[Value]) -> str:
             return "must not be empty"
         case "dict_type" | "model_type":
             return "expected `key: value` lines"
+        case "invalid_key":
+            return "unknown key"
         case _:
             return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import trio
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from offloadd import __version__
 from offloadd.daemon import views
@@ -26,7 +27,7 @@ from offloadd.errors import (
     UsageError,
 )
 from offloadd.model.recipe import BuildRequest
-from offloadd.process import Progress
+from offloadd.process import Progress, host_error
 
 _HTTP_STATUS: dict[type[OffloadError], int] = {
     UsageError: 400,
@@ -62,6 +63,11 @@ def _add_errors(api: FastAPI) -> None:
     async def invalid(_: Request, exc: RequestValidationError) -> JSONResponse:
         problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
         return JSONResponse(UsageError(f"the request is wrong: {problems}").to_json(), status_code=400)
+
+    @api.exception_handler(HTTPException)
+    async def no_such_path(request: Request, exc: HTTPException) -> JSONResponse:
+        error = UsageError(f"{request.method} {request.url.path}: {exc.detail}", subject="offloadd")
+        return JSONResponse(error.to_json(), status_code=exc.status_code)
 
 
 def _add_activity(api: FastAPI, service: Service) -> None:
@@ -155,8 +161,8 @@ def _add_builds(api: FastAPI, service: Service) -> None:
         return {"build": build}
 
     @api.get("/v1/builds")
-    async def builds(limit: int = 50) -> list[dict[str, Any]]:
-        return [views.build_row(row) for row in service.workshop.database.builds(limit=min(limit, 1000))]
+    async def builds(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> list[dict[str, Any]]:
+        return [views.build_row(row) for row in service.workshop.database.builds(limit=limit)]
 
     @api.get("/v1/builds/{build}")
     async def build(build: str) -> dict[str, Any]:
@@ -197,6 +203,8 @@ def _stream(service: Service, work: Work) -> StreamingResponse:
                 done = {"event": "done", **await work(progress)}
             except OffloadError as exc:
                 done = {"event": "error", **exc.to_json()}
+            except OSError as exc:
+                done = {"event": "error", **host_error(exc, "offloadd", service.workshop.paths.cache).to_json()}
             await send.send(done)
 
     async def lines() -> AsyncIterator[bytes]:

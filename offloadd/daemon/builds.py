@@ -29,12 +29,14 @@ from offloadd.errors import (
 from offloadd.model.quantity import format_date
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
-from offloadd.process import full_disk, is_disk_full
+from offloadd.process import host_error
 from offloadd.route import find_route
 from offloadd.store.database import BuildRow
 
 log = structlog.get_logger()
 
+SOURCE_S = 120.0
+"""For the next piece of a build's source."""
 KEPT_BUILDS = 200
 """Builds whose logs and outputs are kept."""
 
@@ -48,6 +50,7 @@ class Builds:
         self._nursery = nursery
         self._active: dict[str, ActiveBuild] = {}
         self._slots: dict[str, trio.CapacityLimiter] = {}
+        self._draining = trio.CancelScope()
 
     def __len__(self) -> int:
         return len(self._active)
@@ -69,26 +72,32 @@ class Builds:
         folder = self._workshop.paths.builds / build
         folder.mkdir(mode=0o700, parents=True)
         self._workshop.database.add_build(build, request.recipe.name, request.recipe.version, request.to_json())
-        self._active[build] = ActiveBuild(build, request, folder, EventLog(folder / "events.ndjson"))
+        active = self._active[build] = ActiveBuild(build, request, folder, EventLog(folder / "events.ndjson"))
+        self._nursery.start_soon(self._run, active)
         self._drop_old()
         return build
 
     async def take_source(self, build: str, pieces: AsyncIterable[bytes]) -> None:
         """Take the source as a tar and queue the build."""
         active = self._find_active(build)
-        if self._workshop.database.build(build).state is not BuildState.CREATED:
+        if active.source_begun:
             raise UsageError("has its source already", subject=build)
+        active.source_begun = True
         try:
             async with await trio.open_file(active.source, "wb") as file:
                 async for piece in pieces:
+                    active.waiting.deadline = trio.current_time() + SOURCE_S
                     await file.write(piece)
-        except OSError as exc:
-            self._nursery.start_soon(self._run, active)
-            active.cancelled = "its source could not be stored"
+        except BaseException as exc:  # also when the client went away: nobody sends the rest
+            active.cancelled = active.cancelled or "its source was not received to the end"
             active.scope.cancel()
-            raise full_disk(build, active.folder) if is_disk_full(exc) else HostError(f"cannot store the source: {exc}") from exc
-        self._move(active, BuildState.QUEUED)
-        self._nursery.start_soon(self._run, active)
+            if isinstance(exc, OSError):
+                raise host_error(exc, build, active.folder) from exc
+            raise
+        if active.ended.is_set():
+            active.source.unlink(missing_ok=True)
+            raise UsageError("has ended meanwhile", subject=build)
+        active.source_complete.set()
 
     async def cancel(self, build: str, why: str = "cancelled by its user") -> None:
         """Cancel a build and wait until nothing of it is left; nothing happens when it has ended already."""
@@ -97,18 +106,21 @@ class Builds:
         active = self._find_active(build)
         active.cancelled = active.cancelled or why
         active.scope.cancel()
-        if self._workshop.database.build(build).state is BuildState.CREATED:
-            self._nursery.start_soon(self._run, active)
         await active.ended.wait()
 
     async def drain(self, limit_s: float) -> None:
         """Let builds that run end within the limit, then cancel them."""
-        with trio.move_on_after(limit_s):
+        self._draining.deadline = trio.current_time() + limit_s
+        with self._draining:
             for active in list(self._active.values()):
                 await active.ended.wait()
         async with trio.open_nursery() as nursery:
             for build in list(self._active):
                 nursery.start_soon(self.cancel, build, "the daemon was stopped")
+
+    def hurry(self) -> None:
+        """Cut `drain` short."""
+        self._draining.cancel()
 
     def events(self, build: str) -> AsyncIterator[bytes]:
         """What happened in the build as JSON lines, to its end."""
@@ -151,6 +163,7 @@ class Builds:
         active.result = self._summary(self._workshop.database.build(active.id))
         try:
             with active.scope:
+                await self._wait_for_source(active)
                 await perform(active, self._workshop, self._machines, self._slots, self._move)
                 state = BuildState.SUCCEEDED
         except BuildFailedError as exc:
@@ -160,11 +173,34 @@ class Builds:
         except OffloadError as exc:
             state, error = BuildState.ERRORED, exc
         except OSError as exc:
-            state, error = BuildState.ERRORED, full_disk(active.id, active.folder) if is_disk_full(exc) else HostError(str(exc))
+            state, error = BuildState.ERRORED, host_error(exc, active.id, active.folder)
         finally:
-            self._end(active, state, error)
+            if active.cancelled and state is BuildState.ERRORED:
+                state = BuildState.CANCELLED  # what broke while everything was torn down
+            try:
+                self._end(active, state, error)
+            except (OSError, HostError) as exc:
+                # The disk is full: the next daemon finds the build open and says what became of it.
+                log.error("the build's end could not be stored", build=active.id, error=str(exc))
+            finally:
+                active.events.close()
+                del self._active[active.id]
+                active.ended.set()
+
+    async def _wait_for_source(self, active: ActiveBuild) -> None:
+        """A client that has gone does not send it any more."""
+        active.waiting.deadline = trio.current_time() + SOURCE_S
+        with active.waiting:
+            await active.source_complete.wait()
+        if not active.source_complete.is_set():
+            active.cancelled = "its source was not sent"
+            active.scope.cancel()
+            await trio.lowlevel.checkpoint()
+        self._move(active, BuildState.QUEUED)
 
     def _end(self, active: ActiveBuild, state: BuildState, error: OffloadError | None) -> None:
+        for scratch in active.folder.glob("source*.tar"):
+            scratch.unlink()
         if state is BuildState.CANCELLED:
             error = CancelledError(active.cancelled or "cancelled", subject=active.request.recipe.name)
         if error is not None:
@@ -175,11 +211,6 @@ class Builds:
         (active.folder / "build.json").write_text(json.dumps(active.result, indent=2) + "\n")
         self._workshop.database.move_build(active.id, state, result=active.result)
         active.events.append("end", state=state, exit_status=error.exit_status if error else 0, result=active.result)
-        active.events.close()
-        for scratch in active.folder.glob("source*.tar"):
-            scratch.unlink()
-        del self._active[active.id]
-        active.ended.set()
         log.info("build ended", build=active.id, name=active.request.recipe.name, state=state)
 
     def _summary(self, row: BuildRow) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import structlog
 import trio
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import NotFoundError, OffloadError
+from offloadd.errors import ConfigError, HostError, NotFoundError, OffloadError
 from offloadd.guest.open import open_guest
-from offloadd.guest.secret_root import SecretRoot
+from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
 from offloadd.model.machine import Machine
 from offloadd.model.state import MachineState
-from offloadd.process import Progress, silent
+from offloadd.process import Progress, host_error, silent
 from offloadd.vm.instance import Instance, adopt_instance, open_instance
 from offloadd.vm.record import InstanceRecord, read_record
 
@@ -101,7 +101,15 @@ class Machines:
     async def stop_all(self) -> None:
         async with trio.open_nursery() as nursery:
             for name in list(self._running):
-                nursery.start_soon(self.stop, name)
+                nursery.start_soon(self._stop_surely, name)
+
+    async def _stop_surely(self, name: str) -> None:
+        try:
+            await self.stop(name)
+        except NotFoundError:
+            pass  # it has just ended by itself
+        except OffloadError as exc:
+            log.error("machine not stopped", machine=name, error=str(exc))
 
     async def _own(self, running: RunningMachine, machine: Machine) -> None:
         name = running.name
@@ -112,6 +120,8 @@ class Machines:
                 await self._boot_and_wait(running, machine)
         except OffloadError as exc:
             running.error = exc
+        except OSError as exc:
+            running.error = host_error(exc, name, self._workshop.paths.state)
         finally:
             self._forget(running)
 
@@ -144,7 +154,9 @@ class Machines:
         outcome = running.instance.outcome if running.instance else None
         if running.error is not None:
             crashed = outcome is not None and outcome.state is MachineState.CRASHED
-            state = MachineState.CRASHED if crashed else MachineState.STOPPED
+            # A machine that was running does not become stopped by an error.
+            running_before = self._workshop.database.machine(running.name).state is MachineState.RUNNING
+            state = MachineState.CRASHED if crashed or running_before else MachineState.STOPPED
             reason, detail = running.error.what, running.error.detail
         elif outcome is not None:
             state, reason, detail = outcome.state, outcome.reason, outcome.detail
@@ -162,6 +174,8 @@ class Machines:
         if database.machine(name).state is not state:
             try:
                 database.move_machine(name, state, reason, detail)
+            except HostError as exc:
+                log.error("state not stored", machine=name, state=state, error=str(exc))
             except ValueError as exc:
                 # A guest that powers off while we ask it to: both are true, the first to be seen stays.
                 log.warning("state not moved", machine=name, error=str(exc))
@@ -178,7 +192,7 @@ class Machines:
         names = set()
         for directory in left:
             record = read_record(directory / "instance.json")
-            adoptable = record is not None and record.purpose == "machine" and record.plan.machine in self._workshop.library().machines
+            adoptable = record is not None and record.purpose == "machine" and self._declared(record.plan.machine)
             if record is not None and adoptable:
                 names.add(record.plan.machine)
                 running = self._running[record.plan.machine] = RunningMachine(record.plan.machine)
@@ -192,10 +206,9 @@ class Machines:
 
     async def _adopt(self, running: RunningMachine, directory: Path, record: InstanceRecord) -> None:
         shop = self._workshop
-        machine = shop.library().machine(running.name)
         try:
             with running.scope, shop.cores.hold(record.cores):
-                running.secrets = shop.secrets(machine)
+                running.secrets = self._secrets_of(running.name)
                 async with adopt_instance(directory, logs=self._log_folder(running.name), bridge=shop.bridge) as running.instance:
                     if running.instance is None:
                         raise OffloadError("ended while no daemon ran", subject=running.name)
@@ -205,8 +218,24 @@ class Machines:
                     await self._serve(running, adopted=not fresh)
         except OffloadError as exc:
             running.error = exc
+        except OSError as exc:
+            running.error = host_error(exc, running.name, shop.paths.state)
         finally:
             self._forget(running)
+
+    def _secrets_of(self, name: str) -> SecretRoot:
+        """Also when its file has become wrong while it ran: that is no reason to end it."""
+        try:
+            return self._workshop.secrets(self._workshop.library().machine(name))
+        except ConfigError:
+            return ensure_secret_root(name, self._workshop.paths.secrets)
+
+    def _declared(self, name: str) -> bool:
+        try:
+            return name in self._workshop.library().machines
+        except ConfigError as exc:
+            log.error("the configuration is wrong", error=str(exc))
+            return True
 
     async def _end_left(self, directory: Path) -> None:
         logs = self._workshop.paths.logs / "lost" / directory.name

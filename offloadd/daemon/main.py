@@ -87,11 +87,13 @@ async def run_daemon(paths: Paths, *, idle_timeout_s: float) -> None:
     make_private(paths.state)
     make_private(paths.runtime)
     with _only_one(paths), _listen(paths.socket) as listener:
-        async with open_service(paths, idle_timeout_s=idle_timeout_s) as service, open_narrow_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, service)
-            log.info("serving", socket=str(paths.socket), pid=os.getpid(), version=__version__)
-            await serve(cast("Any", make_api(service)), _config(listener), shutdown_trigger=service.stopping.wait)
-            paths.socket.unlink(missing_ok=True)
+        # The signals are outermost: a second one hurries what the first has begun.
+        async with open_narrow_nursery() as nursery:
+            async with open_service(paths, idle_timeout_s=idle_timeout_s) as service:
+                nursery.start_soon(_stop_on_signal, service)
+                log.info("serving", socket=str(paths.socket), pid=os.getpid(), version=__version__)
+                await serve(cast("Any", make_api(service)), _config(listener), shutdown_trigger=service.stopping.wait)
+                paths.socket.unlink(missing_ok=True)
             nursery.cancel_scope.cancel()
     log.info("ended")
 

@@ -47,6 +47,10 @@ class ActiveBuild:
     events: EventLog
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+    waiting: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Of who waits for the source."""
+    source_begun: bool = False
+    source_complete: trio.Event = field(default_factory=trio.Event)
     result: dict[str, Any] = field(default_factory=dict)
     """What becomes build.json."""
     cancelled: str = ""

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import structlog
 import trio
@@ -53,6 +52,9 @@ class Service:
         self._last_used = trio.current_time()
 
     def stop(self) -> None:
+        """Stop politely; asked twice, builds that run get no more time."""
+        if self.stopping.is_set():
+            self.builds.hurry()
         self.stopping.set()
 
     async def stop_when_idle(self) -> None:
@@ -69,7 +71,13 @@ class Service:
 
     async def start_declared(self) -> None:
         """Start the machines with `auto-start`."""
-        for name, machine in self.workshop.library().machines.items():
+        try:
+            machines = self.workshop.library().machines
+        except OffloadError as exc:
+            # Whoever asks for something is told the same.
+            log.error("auto-start failed", error=str(exc))
+            return
+        for name, machine in machines.items():
             if machine.auto_start and self.machines.find(name) is None:
                 try:
                     await self.machines.start(name)
@@ -127,15 +135,3 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
                         request_nursery.cancel_scope.cancel()
                         await builds.drain(DRAIN_S if service.stopping.is_set() else 0)
                         await machines.stop_all()
-
-
-def socket_in_use(path: Path) -> bool:
-    """Whether a daemon answers there."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True

@@ -28,7 +28,7 @@ MAX_TOTAL = 64 * 1024**2
 """What the receiver in our images takes at most, in files and bytes."""
 
 _RETRY_S = 0.1
-_MIN_HELLO_S = 1.0
+_MIN_HELLO_S = 0.4
 _MAX_HELLO_S = 15.0
 _CLOSE_S = 10.0
 
@@ -184,9 +184,9 @@ async def send_secrets(stream: trio.abc.Stream, files: Sequence[SecretFile]) -> 
 async def deliver_secrets(port: int, root: Path, *, machine: str) -> None:
     """Copy the files of the secret root `root` into the guest behind 127.0.0.1:`port`; tries until the caller's time limit.
 
-    QEMU accepts on a forwarded port before the guest listens: then it drops the connection without a byte or, before the guest's
-    network is up, holds it for about 75 seconds.  Only a complete hello shows that somebody is there; so each try waits for it
-    at most a quarter of the time that has passed already, which a slow guest reaches too.
+    QEMU accepts on a forwarded port before the guest listens: then it drops the connection without a byte or, before the
+    guest's network is up, holds it for about 75 seconds.  Only a complete hello shows that somebody is there; so each try waits
+    for it a quarter of the time that has passed already, which is enough for a slow guest too.
 
     Raises:
         ConfigError: a file of the secret root cannot be sent.

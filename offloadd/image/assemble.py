@@ -85,6 +85,7 @@ def _assemble(plan: Plan) -> None:
         (root / folder).mkdir(mode=0o755, exist_ok=True)
     for guest_file in plan["files"]:
         _install(root, guest_file)
+    _compile(root)
     for name, uid, home, shell in ACCOUNTS:
         add_account(root, name, uid, home, shell)
     (root / "usr/lib/offload/modules").write_text(" ".join(plan["modules"]) + "\n")
@@ -125,6 +126,18 @@ def _install(root: Path, file: PlanFile) -> None:
     target.unlink(missing_ok=True)
     shutil.copyfile(file["source"], target)
     target.chmod(file["mode"])
+
+
+def _compile(root: Path) -> None:
+    """Python bytecode of our own programs' modules: to compile them at each boot costs half a second under emulation.
+
+    The image works without it, e.g. when the root is of an architecture that this host cannot run.
+    """
+    if (root / "usr/bin/python3").exists():
+        argv = ["chroot", str(root), "/usr/bin/python3", "-IS", "-m", "compileall", "-q"]
+        subprocess.run(
+            [*argv, "--invalidation-mode", "unchecked-hash", "/usr/lib/offload"], check=False, stdin=subprocess.DEVNULL
+        )
 
 
 def add_account(root: Path, name: str, uid: int, home: str, shell: str) -> None:

@@ -24,7 +24,7 @@ class Value(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def _lenient_text(value: object) -> object:
+def quoted_text(value: object) -> object:
     """YAML reads `version: 1.0` as a number: say so instead of guessing its digits."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise ValueError(f"write it in quotes: '{value}'")
@@ -34,7 +34,7 @@ def _lenient_text(value: object) -> object:
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}$")]
 """The name of a machine, image or recipe: safe as a file name everywhere."""
 
-Text = Annotated[str, BeforeValidator(_lenient_text)]
+Text = Annotated[str, BeforeValidator(quoted_text)]
 Date = Annotated[datetime, BeforeValidator(parse_date), PlainSerializer(format_date, return_type=str)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 """Seconds."""

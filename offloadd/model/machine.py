@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from offloadd.model.base import Date, Duration, Name, Text, Value
 from offloadd.model.quantity import check_clock_holds
@@ -34,10 +34,11 @@ class Machine(Value):
     cpu_count: Annotated[int, Field(ge=1, le=255)] = 4
     memory_size: Annotated[int, Field(ge=128, le=4 * 1024 * 1024)] = 2048
     """MiB."""
+    systems: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = ("x86_64-linux",)
+    """Stands before `date`, which is checked against the clock of the first."""
     date: Date = datetime(2020, 1, 1, tzinfo=UTC)
     port_forwardings: dict[Port, Port] = Field(default={11022: SSH_PORT, 11044: SECRETS_PORT})
     """Host port on 127.0.0.1 -> guest port."""
-    systems: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = ("x86_64-linux",)
     auto_start: bool = False
     parallel_builds: Annotated[int, Field(ge=1, le=1000)] = 1
     secret_root: Text | None = None
@@ -70,11 +71,16 @@ class Machine(Value):
             raise ValueError("a guest port is forwarded twice")
         return forwardings
 
-    @model_validator(mode="after")
-    def _clock_holds_date(self) -> Machine:
-        check_clock_holds(self.date, self.systems[0])
-        return self
+    @field_validator("date")
+    @classmethod
+    def _clock_holds_date(cls, date: datetime, info: ValidationInfo) -> datetime:
+        if systems := info.data.get("systems"):  # else they are wrong, which is told already
+            check_clock_holds(date, systems[0])
+        return date
 
-    def host_port(self, guest_port: int) -> int:
-        """The host's port that leads to `guest_port`."""
-        return next(host for host, guest in self.port_forwardings.items() if guest == guest_port)
+    @field_validator("secret_root")
+    @classmethod
+    def _found_from_anywhere(cls, root: str | None) -> str | None:
+        if root is not None and not root.startswith("/"):
+            raise ValueError("must be an absolute path: the daemon runs in another directory")
+        return root

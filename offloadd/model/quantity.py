@@ -27,7 +27,10 @@ LAST_MOMENT: dict[str, datetime] = {
 _LAST_ELSEWHERE = datetime(2038, 1, 19, 3, 14, 7, tzinfo=UTC)
 
 
-def parse_date(text: str | date | datetime) -> datetime:
+_DATE_HINT = "write 2020-01-01, 2020-01-01T12:00:00Z, @1577836800 or now"
+
+
+def parse_date(text: object) -> datetime:
     """`2020-01-01`, `2020-01-01T12:00[:00][Z|+01:00]`, `@SECONDS` or `now` as a date in UTC.
 
     Raises:
@@ -37,9 +40,14 @@ def parse_date(text: str | date | datetime) -> datetime:
         moment = text
     elif isinstance(text, date):
         moment = datetime(text.year, text.month, text.day)
-    else:
+    elif isinstance(text, str):
         moment = _parse_text(text.strip())
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    else:
+        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}")
+    try:
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:  # the first or the last day of all, in another time zone
+        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}") from None
     if moment < EPOCH:
         raise ValueError(f"{moment:%Y-%m-%d} is before 1970, where a machine's clock starts")
     return moment.replace(microsecond=0)
@@ -53,7 +61,7 @@ def _parse_text(text: str) -> datetime:
             return datetime.fromtimestamp(int(text[1:]), UTC)
         return datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError):
-        raise ValueError(f"{text!r} is not a date: write 2020-01-01, 2020-01-01T12:00:00Z, @1577836800 or now") from None
+        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}") from None
 
 
 def check_clock_holds(moment: datetime, system: str) -> None:
@@ -84,8 +92,8 @@ def parse_duration(text: str | int | float) -> float:
             raise ValueError(f"{text!r} is not a duration: write 90, 10m, 2h or 1h30m")
         total += float(match[1]) * _UNIT_S[match[2]]
         at = match.end()
-    if total <= 0:
-        raise ValueError(f"{text!r} is not a duration: it must be more than zero")
+    if not 0 < total < float("inf"):
+        raise ValueError(f"{text!r} is not a duration: it must be more than zero, and a clock must hold it")
     return total
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
-from offloadd.model.base import Date, Duration, Name, Text, Value
+from offloadd.model.base import Date, Duration, Name, Text, Value, quoted_text
 from offloadd.model.image import Package, Suite
 from offloadd.model.system import SYSTEMS, nearest
 
+Version = Annotated[str, BeforeValidator(quoted_text), StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+~:_-]{0,63}$")]
+"""Becomes a part of the build directory's name."""
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -35,7 +37,7 @@ class BuildRecipe(Value):
     """An `offload.yaml`."""
 
     name: Name
-    version: Text = "0"
+    version: Version = "0"
     suite: Suite = "bookworm"
     """The Debian suite of the environment."""
     packages: Annotated[tuple[Package, ...], Field(strict=False)] = ()

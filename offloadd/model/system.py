@@ -8,8 +8,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from offloadd.errors import NotFoundError
-
 
 @dataclass(frozen=True, kw_only=True)
 class System:
@@ -36,14 +34,6 @@ SYSTEMS: dict[str, System] = {
         System(name="s390x-linux", triplet="s390x-linux-gnu", debian="s390x", qemu="s390x", bits=64),
     )
 }
-
-
-def find_system(name: str) -> System:
-    """The system type called `name`, or `NotFoundError` with the nearest names."""
-    try:
-        return SYSTEMS[name]
-    except KeyError:
-        raise NotFoundError(f"unknown system type {name!r}", hint=nearest(name, SYSTEMS)) from None
 
 
 def nearest(name: str, known: object) -> str:

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,17 @@ class Database:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.DatabaseError as exc:
+            raise HostError(f"the database cannot be written: {exc}", hint="is the disk full?") from exc
+
     def add_build(self, build: str, name: str, version: str, request: Mapping[str, Any]) -> None:
-        with self._db:
+        with self._transaction():
             self._db.execute(
                 "INSERT INTO build (id, name, version, state, request, created) VALUES (?, ?, ?, ?, ?, ?)",
                 (build, name, version, BuildState.CREATED, json.dumps(request), time.time()),
@@ -90,9 +99,9 @@ class Database:
         Raises:
             NotFoundError: there is no such build.
             ValueError: the move is not allowed.
+            HostError: it cannot be stored.
         """
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             now = self.build(build).state
             if state not in BUILD_MOVES[now]:
                 raise ValueError(f"build {build} cannot go from {now} to {state}")
@@ -133,9 +142,8 @@ class Database:
         return [self.machine(name) for name in names]
 
     def move_machine(self, name: str, state: MachineState, reason: str = "", detail: str = "") -> None:
-        """Raises ValueError when the move is not allowed."""
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        """Raises ValueError when the move is not allowed, HostError when it cannot be stored."""
+        with self._transaction():
             now = self.machine(name).state
             if state not in MACHINE_MOVES[now]:
                 raise ValueError(f"machine {name} cannot go from {now} to {state}")
@@ -161,17 +169,22 @@ def open_database(path: Path) -> Iterator[Database]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         connection = sqlite3.connect(path, isolation_level=None)
-        connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        _migrate(connection, path)
     except sqlite3.DatabaseError as exc:
-        raise HostError(f"cannot be used: {exc}", subject=str(path), hint="move it away: a new one is made") from exc
-    path.chmod(0o600)
-    try:
+        raise _unusable(path, exc) from exc
+    with closing(connection):
+        connection.row_factory = sqlite3.Row
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            _migrate(connection, path)
+        except sqlite3.DatabaseError as exc:
+            raise _unusable(path, exc) from exc
+        path.chmod(0o600)
         yield Database(connection)
-    finally:
-        connection.close()
+
+
+def _unusable(path: Path, exc: sqlite3.DatabaseError) -> HostError:
+    return HostError(f"cannot be used: {exc}", subject=str(path), hint="move it away: a new one is made")
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

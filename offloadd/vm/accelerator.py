@@ -69,12 +69,15 @@ async def _boots(qemu: Path, kernel: Path) -> bool:
     argv = [str(qemu), "-accel", "kvm", "-machine", "pc", "-m", "256", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     argv += ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1"]
+    said = b""
     seen = False
     async with trio.open_nursery() as nursery:
         process = await nursery.start(_run, argv)
         with trio.move_on_after(PROBE_S):
             async for chunk in process.stdout:
-                if b"Linux version" in chunk or b"Kernel panic" in chunk:
+                # A serial port gives a few characters at a time.
+                said += chunk
+                if b"Linux version" in said or b"Kernel panic" in said:
                     seen = True
                     break
         process.kill()

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,8 @@ POLITE_S = 30.0
 QUIT_S = 5.0
 KILL_S = 5.0
 
-_MISSING_FEATURE = re.compile(r"doesn't support requested feature: (CPUID\.\S+)")
+# QEMU names the register too, `CPUID.01H:ECX.pcid`; the last word is the flag that -cpu understands.
+_MISSING_FEATURE = re.compile(r"doesn't support requested feature: CPUID\S*?\.(?:\S*\.)?(\S+)")
 
 
 class Instance:
@@ -154,8 +156,7 @@ async def open_instance(
         stack.callback(_put_away, files, logs)
         await _make_overlay(plan, files)
         process = _launch(plan, files)
-        stack.callback(process.close)
-        stack.callback(process.kill)
+        stack.push_async_callback(process.end, KILL_S)
         qmp = await stack.enter_async_context(_first_contact(plan, files, process, bridge))
         record = await _settle(plan, files, process, qmp, cores, purpose)
         write_record(files.record, record)
@@ -177,8 +178,7 @@ async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> Asyn
                 await _end_unrecorded(files, bridge)
             yield None
             return
-        stack.callback(process.close)
-        stack.callback(process.kill)
+        stack.push_async_callback(process.end, KILL_S)
         qmp = await stack.enter_async_context(open_qmp(bridge, files.qmp, record.plan.instance))
         async with _supervised(Instance(record, files, process, qmp)) as instance:
             yield instance
@@ -274,8 +274,12 @@ async def _settle(
     plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Literal["machine", "build"]
 ) -> InstanceRecord:
     """Pin the paused VM's threads and note what QEMU has made of the plan."""
-    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cores, strict=True):
-        os.sched_setaffinity(cpu["thread-id"], {core})
+    # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
+    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
+        try:
+            os.sched_setaffinity(cpu["thread-id"], {core})
+        except OSError as exc:
+            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=plan.instance) from exc
     assert process.started is not None
     return InstanceRecord(
         plan=plan,
@@ -302,8 +306,12 @@ def _stderr(log: Path) -> str:
 
 def _put_away(files: InstanceFiles, logs: Path) -> None:
     """Keep the logs, drop everything else."""
-    logs.mkdir(parents=True, exist_ok=True)
-    for log in (files.console_log, files.qemu_log):
-        if log.exists():
-            shutil.move(log, logs / log.name)
-    shutil.rmtree(files.directory, ignore_errors=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        for log in (files.console_log, files.qemu_log):
+            if log.exists():
+                shutil.move(log, logs / log.name)
+    except OSError as exc:
+        raise HostError(f"cannot keep the logs: {exc.strerror}", subject=str(logs)) from exc
+    finally:
+        shutil.rmtree(files.directory, ignore_errors=True)

@@ -31,7 +31,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 class QemuProcess:
-    """Made by `start_process` or `find_process`; closed with `close` after it has ended."""
+    """Made by `start_process` or `find_process`; given back with `end`."""
 
     def __init__(self, pid: int, popen: subprocess.Popen[bytes] | None) -> None:
         self.pid = pid
@@ -45,15 +45,18 @@ class QemuProcess:
             await trio.lowlevel.wait_readable(self._pidfd)
         return self._popen.wait() if self._popen else None
 
-    @property
-    def ended(self) -> bool:
-        return start_ticks(self.pid) != self.started
-
     def kill(self) -> None:
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it has just ended, which is what we want
+
+    async def end(self, limit_s: float) -> None:
+        """Kill it if it still runs, wait until it is gone (at most `limit_s`), and close the handle; nothing interrupts this."""
+        self.kill()
+        with trio.move_on_after(limit_s, shield=True):
+            await self.wait_ended()
+        self.close()
 
     def close(self) -> None:
         if self._pidfd >= 0:

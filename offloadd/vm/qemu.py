@@ -14,7 +14,7 @@ from offloadd.errors import HostError
 
 # One spelling of a line of `-cpu help`, all architectures: an optional first word, the model, an optional description.
 _X86_LINE = re.compile(r"^x86\s+(\S+)")
-_OTHER_LINE = re.compile(r"^(?:PowerPC |s390 |Available |\s+)?([A-Za-z][\w.+-]*)")
+_OTHER_LINE = re.compile(r"^(?:PowerPC |s390 |Available |\s+)?(\w[\w.+-]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def parse_cpu_help(text: str) -> frozenset[str]:
     """The models named by `qemu-system-* -cpu help`."""
     models: set[str] = set()
     for line in text.splitlines():
-        if line.startswith("Recognized CPUID flags"):
+        if line.startswith("Recognized "):
             break
         match = _X86_LINE.match(line) or _OTHER_LINE.match(line)
         if match and not line.rstrip().endswith(":"):

@@ -62,9 +62,14 @@ class Session:
             self.frames += self._decoder.feed(data)
 
     def read_all(self) -> None:
-        self.read(lambda: bool(self.frames) and self.frames[-1].kind == b"D")
+        self.read_to_last()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         assert self.process.wait(LIMIT_S) == 0
         assert list(self.state.iterdir()) == []
+
+    def read_to_last(self) -> None:
+        self.read(lambda: self.frames[-1:] == [Frame(b"D")])
 
     def read_log(self, text: bytes) -> None:
         self.read(lambda: text in self.log)
@@ -412,10 +417,10 @@ def test_two_builds_side_by_side(state: Path) -> None:
         first.send_build(EMPTY, build="first", steps=[f"echo ready; sleep {mark(6000)}"])
         first.read_log(b"ready")
         second.send_build(EMPTY, build="first")
-        second.read(lambda: second.frames[-1:] == [Frame(b"D")])
+        second.read_to_last()
         assert second.error == "build first is running already"
         third.send_build(EMPTY, build="third", steps=["echo done"])
-        third.read(lambda: third.frames[-1:] == [Frame(b"D")])
+        third.read_to_last()
         assert third.log == b"done\n"
         assert processes_named(mark(6000))
         first.cancel()
@@ -436,7 +441,7 @@ def test_links_in_outputs_are_sent_and_never_followed(service: Session, tmp_path
     secret = tmp_path / "secret"
     secret.write_text("secret")
     steps = [
-        f"ln -s /etc/shadow shadow; ln -s /etc dir; ln -s {secret} secret; ln -s / root; ln -s ../.. up; mkfifo fifo; echo x > x"
+        f"ln -s /etc/shadow shadow; ln -s /etc dir; ln -s {secret} secret; ln -s / root; ln -s ../.. up; mkfifo fifo; echo > x"
     ]
     outputs = ["shadow", "dir/passwd", "dir/*", "secret", "root/**", "up/*", "fifo", "x"]
     service.send_build(EMPTY, steps=steps, outputs=outputs)
@@ -538,6 +543,18 @@ def test_a_sandbox_that_cannot_be_made_is_no_failed_step(state: Path) -> None:
         service.read_all()
         assert service.error == "the sandbox for the step could not be made: the log's last lines say why"
         assert service.events("exit") == []
+
+
+def test_an_error_can_be_read_by_a_host_that_is_still_sending(service: Session) -> None:
+    service.send_build(tar_of({"../x": "1" * 5_000_000}))
+    service.read_all()
+    assert "the source's tar has a member" in service.error
+
+
+def test_a_host_that_stays_does_not_keep_the_service(service: Session) -> None:
+    service.send_build(EMPTY, build="..")
+    service.read_to_last()
+    assert service.process.wait(LIMIT_S) == 0
 
 
 # An environment on a disk

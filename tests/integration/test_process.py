@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def alive(pid: int) -> bool:
 
 async def wait_gone(pid: int) -> None:
     with trio.fail_after(5):
-        while alive(pid):
+        while alive(pid):  # noqa: ASYNC110 - it is not our child: there is nothing to wait on
             await trio.sleep(0.02)
 
 
@@ -116,8 +117,27 @@ async def test_what_a_program_leaves_behind_is_ended() -> None:
 
 
 async def test_someone_in_another_session_does_not_keep_us() -> None:
-    script = "import os,time\nif os.fork() == 0:\n os.setsid()\n print(os.getpid(), flush=True)\n time.sleep(20)\nelse: time.sleep(0.5)"
     pids: list[str] = []
     with trio.fail_after(10):
-        await run_program([sys.executable, "-c", script], on_line=pids.append)
+        await run_program(["sh", "-c", "setsid sh -c 'echo $$; sleep 30' & sleep 0.5"], on_line=pids.append)
     os.kill(int(pids[0]), 9)
+
+
+async def test_when_we_are_killed_the_group_dies_too() -> None:
+    script = """
+import trio
+from offloadd.process import run_program
+# Like mmdebstrap, it does not care that nobody reads it any more.
+program = ["sh", "-c", "trap '' PIPE TERM; echo $$; while :; do sleep 0.1; done"]
+trio.run(lambda: run_program(program, on_line=lambda line: print(line, flush=True)))
+"""
+    repository = str(Path(__file__).parent.parent.parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([repository, *filter(None, sys.path)])}
+    argv = [sys.executable, "-c", script]
+    ours = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env)  # noqa: ASYNC220 - it is to be killed
+    assert ours.stdout is not None
+    pid = int(ours.stdout.readline())
+    assert alive(pid)
+    ours.kill()
+    ours.wait(10)
+    await wait_gone(pid)

@@ -128,12 +128,17 @@ async def test_the_sender_waits_for_a_service_that_starts_late(
                 early.accept()[0].close()
             early.close()
 
+        dropped = trio.Event()
+
+        async def drop() -> None:
+            await trio.to_thread.run_sync(drop_three)
+            dropped.set()
+
         async with trio.open_nursery() as nursery:
             with trio.fail_after(LIMIT_S):
-                nursery.start_soon(trio.to_thread.run_sync, drop_three)
+                nursery.start_soon(drop)
                 nursery.start_soon(lambda: deliver_secrets(port, secret_root(tmp_path), machine="m"))
-                while early.fileno() >= 0:
-                    await trio.sleep(0.01)
+                await dropped.wait()
                 service = start("--port", str(port))
                 assert service.port == port
     assert service.wait()[0] == 0
@@ -174,7 +179,7 @@ async def test_the_sender_refuses_another_hello(tmp_path: Path, answer: bytes) -
 
     async with trio.open_nursery() as nursery:
         (listener,) = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), greet, 0)
-        with trio.fail_after(LIMIT_S), pytest.raises(ProtocolError, match="^machine-1: no secret service"):
+        with trio.fail_after(LIMIT_S), pytest.raises(ProtocolError, match=r"^machine-1: no secret service"):
             await deliver_secrets(listener.socket.getsockname()[1], secret_root(tmp_path), machine="machine-1")
         nursery.cancel_scope.cancel()
 

@@ -23,7 +23,8 @@ kernel/drivers/char/hw_random/virtio-rng.ko.xz:
 
 def read_cpio(data: bytes) -> list[tuple[str, int, bytes]]:
     """An independent reader of newc: (name, mode, content)."""
-    members, at = [], 0
+    members: list[tuple[str, int, bytes]] = []
+    at = 0
     while True:
         assert data[at : at + 6] == b"070701"
         fields = [int(data[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]

@@ -1,6 +1,7 @@
 import io
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def unpack(target: Path, *infos: tarfile.TarInfo, raw: bytes | None = None, **li
 def listing(root: Path) -> dict[str, object]:
     """Everything below `root`: links with their targets, files with their sizes."""
     return {
-        str(path.relative_to(root)): str(path.readlink())
+        str(path.relative_to(root)): os.readlink(path)  # noqa: PTH115
         if path.is_symlink()
         else path.stat().st_size
         if path.is_file()
@@ -99,14 +100,14 @@ def test_a_second_time_replaces_files_and_links(target: Path) -> None:
         ([info("n", tarfile.FIFOTYPE)], "only files, directories and links"),
         ([info("n" * 256)], "is too long"),
         ([info("n/" * 3000)], "leads out of the directory"),
-        ([info("a"), info("b"), info("c")], "more than 2 members"),
+        ([info("a"), info("b"), info("c")], "more than 3 members"),
         ([link("a", "")], "a link to nothing"),
         ([info("a", pax_headers={"GNU.sparse.realsize": str(1 << 60)})], "a sparse file"),
     ],
 )
 def test_what_a_guest_must_not_send(target: Path, infos: list[tarfile.TarInfo], what: str) -> None:
     with pytest.raises(ProtocolError, match=f"the guest's outputs are refused: .*{what}"):
-        unpack(target, info("first", size=1), *infos, max_members=3 if "members" in what else 100)
+        unpack(target, info("first", size=1), *infos, max_members=3)
     assert not target.exists()
     assert (target.parents[1] / "beside").read_text() == "untouched"
 
@@ -196,10 +197,8 @@ def test_nothing_ever_leads_out(tmp_path_factory: pytest.TempPathFactory, infos:
     base = tmp_path_factory.mktemp("any")
     target = base / "top/out"
     target.mkdir(parents=True)
-    try:
+    with suppress(ProtocolError, UsageError):
         unpack(target, *infos)
-    except (ProtocolError, UsageError):
-        pass
     assert {str(path.relative_to(base)).split("/")[0] for path in base.iterdir()} == {"top", "outputs.tar"}
     assert [path.name for path in (base / "top").iterdir()] == ["out"]
     for path in target.rglob("*"):

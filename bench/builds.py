@@ -1,0 +1,85 @@
+"""Builds as their user sees them, from the shell and back, against the bare `ssh`."""
+
+from __future__ import annotations
+
+import sys
+
+from bench.measure import Budget, Row, Series, in_turn, time_program
+from bench.workplace import MACHINE, Workplace
+from offloadd.process import Progress
+
+OTHER_DATE = "2018-06-01"
+
+
+def measure_running(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
+    """Builds on a machine that runs."""
+    build, ssh, list_time = Series("offload build"), Series("ssh true"), Series("offload vm list")
+    tell("starting the machine, making the environment", None)
+    place.run("vm", "start", MACHINE, limit_s=600)
+    place.build()
+    argv = _ssh(place)
+    time_program(argv)
+    for number in budget.rounds():
+        for name in in_turn(number, "build", "ssh"):
+            tell(f"round {number + 1}, {name}", None)
+            if name == "build":
+                build.seconds.append(place.build())
+            else:
+                ssh.seconds.append(time_program(argv))
+        list_time.seconds.append(place.run("vm", "list"))
+    place.run("vm", "stop", MACHINE)
+    return [
+        Row(
+            name="build on a running VM",
+            compares="`offload build` of a one-line recipe : `ssh ... true` into the same VM",
+            ours=build,
+            base=ssh,
+            relation="difference",
+            target=2.0,
+        ),
+        Row(name="list machines", compares="`offload vm list`, the daemon runs", ours=list_time),
+    ]
+
+
+def _ssh(place: Workplace) -> list[str]:
+    """OpenSSH's command line for the machine: key and host key checked as ours are."""
+    machine = place.ask("vm", "show", MACHINE)
+    known_hosts = place.folder / "known_hosts"
+    known_hosts.write_text("".join(f"{MACHINE} {' '.join(key.split()[:2])}\n" for key in machine["host_keys"]))
+    options = [
+        f"UserKnownHostsFile={known_hosts}",
+        "GlobalKnownHostsFile=/dev/null",
+        "StrictHostKeyChecking=yes",
+        "IdentitiesOnly=yes",
+        f"HostKeyAlias={MACHINE}",
+        "BatchMode=yes",
+        "LogLevel=ERROR",
+    ]
+    argv = ["ssh", "-F", "none", "-p", str(machine["ssh_port"]), "-i", machine["client_key"]]
+    return [*argv, *(part for option in options for part in ("-o", option)), "offloading@127.0.0.1", "true"]
+
+
+def measure_own_vm(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
+    """A build at another date: a VM boots for it."""
+    build = Series("offload build --date")
+    for number in budget.rounds():
+        tell(f"build {number + 1} in a VM of its own", None)
+        build.seconds.append(place.build("--date", OTHER_DATE))
+    compares = "`offload build --date` of a one-line recipe: boot, build, end of the VM"
+    return [Row(name="build in a VM of its own", compares=compares, ours=build)]
+
+
+def measure_command(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
+    """How long the command line takes to start."""
+    help_time, python = Series("offload --help"), Series("python")
+    interpreter = [sys.executable, "-c", "pass"]
+    place.run("--help")
+    for number in budget.rounds():
+        for name in in_turn(number, "help", "python"):
+            if name == "help":
+                help_time.seconds.append(place.run("--help"))
+            else:
+                python.seconds.append(time_program(interpreter))
+    tell("the command line is measured", None)
+    compares = "`offload --help` : `python -c pass`"
+    return [Row(name="start of the command", compares=compares, ours=help_time, base=python, relation="difference")]

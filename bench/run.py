@@ -1,0 +1,99 @@
+"""`make bench`: how fast we are against the bare tools, in one run of about 10 minutes (3 with --quick).
+
+    python bench/run.py [--quick] [--only boots,builds,image] [--output FOLDER]
+
+Not a test: what it prints is for people.  Exit status 1 when a target was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.boots import measure_boots
+from bench.builds import measure_command, measure_own_vm, measure_running
+from bench.images import measure_image
+from bench.measure import BenchError, Budget, Row
+from bench.report import table, write_report
+from bench.workplace import open_workplace
+from offloadd.errors import OffloadError
+from offloadd.model.quantity import format_date, format_duration
+
+PARTS = ("boots", "builds", "image")
+
+
+def main() -> int:
+    """Measure, write, print; the exit status."""
+    options = _parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running then either
+    began, load = time.monotonic(), os.getloadavg()[0]
+    facts = {"date": format_date(datetime.now(UTC)), "cores": str(os.cpu_count()), "python": platform.python_version()}
+    try:
+        rows = _measure(options.only, facts, quick=options.quick)
+    except (BenchError, OffloadError) as exc:
+        sys.stderr.write(f"bench: {exc.render() if isinstance(exc, OffloadError) else exc}\n")
+        return 75
+    except KeyboardInterrupt:
+        return 130
+    facts["load_average"] = f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"
+    facts["took"] = format_duration(time.monotonic() - began) + (" (--quick)" if options.quick else "")
+    write_report(rows, facts, options.output)
+    sys.stdout.write(table(rows))
+    return 1 if any(row.met is False for row in rows) else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure offload against the bare tools.")
+    parser.add_argument("--quick", action="store_true", help="few rounds: 3 minutes instead of 10")
+    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="for results.md and .json")
+    return parser.parse_args()
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if not set(parts) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(PARTS)}")
+    return parts
+
+
+def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> list[Row]:
+    rows: list[Row] = []
+
+    def limit(seconds: float, least: int, most: int) -> Budget:
+        return Budget(seconds / 4, least=1, most=least) if quick else Budget(seconds, least=least, most=most)
+
+    with open_workplace() as place:
+        if "boots" in parts:
+            found, about = measure_boots(place, limit(180, 3, 7), _tell("boots"))
+            rows += found
+            facts |= about
+        if "builds" in parts:
+            rows += measure_running(place, limit(60, 3, 10), _tell("builds"))
+            rows += measure_own_vm(place, limit(45, 1, 4), _tell("builds"))
+            rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
+    if "image" in parts:
+        with open_workplace(empty_cache=True) as place:
+            rows += measure_image(place, limit(200, 1, 3), _tell("image"))
+    return rows
+
+
+def _tell(part: str) -> Callable[[str, float | None], None]:
+    """Progress as lines; what has a fraction changes too often for that."""
+
+    def tell(text: str, fraction: float | None) -> None:
+        if fraction is None:
+            sys.stderr.write(f"bench: {part}: {text}\n")
+
+    return tell
+
+
+if __name__ == "__main__":
+    sys.exit(main())

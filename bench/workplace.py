@@ -1,0 +1,126 @@
+"""Where the measurements happen: a daemon of our own, with one machine, that touches nothing of the user's but the cache.
+
+State, configuration and sockets lie in a directory that is thrown away.  The cache is the user's, so that not every run makes
+an image first; the image is only made to be measured in a cache of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import BenchError, time_program
+from offloadd.paths import Paths, find_paths, make_private
+
+MACHINE = "bench-vm"
+_MACHINE = """\
+kind: build-vm
+name: {name}
+image: debian
+port-forwardings: {{{ssh}: 22, {secrets}: 1004}}
+"""
+_ONE_LINE = """\
+name: one-line
+version: "1"
+steps: ["true"]
+"""
+_STOP_LIMIT_S = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """One daemon's own corner."""
+
+    folder: Path
+    paths: Paths
+    env: dict[str, str]
+    offload: tuple[str, ...]
+    """How `offload` is called."""
+
+    def run(self, *arguments: str, limit_s: float = 300) -> float:
+        """Seconds that one `offload` takes, as its user waits for it. Raises BenchError when it fails."""
+        return time_program([*self.offload, *arguments], env=self.env, cwd=self.folder, limit_s=limit_s)
+
+    def build(self, *options: str) -> float:
+        """The same for `offload build` of a one-line recipe."""
+        return self.run("build", "--machine", MACHINE, "-o", str(self.folder / "out"), *options, str(self.folder / "one-line"))
+
+    def ask(self, *arguments: str) -> Any:
+        """What a reading command says with `--json`. Raises BenchError when it fails."""
+        argv = [*self.offload, *arguments, "--json"]
+        done = subprocess.run(argv, env=self.env, cwd=self.folder, capture_output=True, timeout=120)
+        if done.returncode:
+            raise BenchError(f"offload {' '.join(arguments)}: {done.stderr.decode(errors='replace')}")
+        return json.loads(done.stdout)
+
+
+@contextmanager
+def open_workplace(*, empty_cache: bool = False) -> Iterator[Workplace]:
+    """A workplace; no daemon and no machine of it is left when the block ends.
+
+    Args:
+        empty_cache: use a new cache, on the disk where the user's is, and throw it away.
+    """
+    cache = find_paths().cache
+    make_private(cache)
+    with tempfile.TemporaryDirectory(prefix="offload-bench-") as name:
+        folder = Path(name)
+        if empty_cache:
+            cache = Path(tempfile.mkdtemp(prefix="bench-", dir=cache)) / "offload"
+        place = _workplace(folder, cache)
+        _write_files(place)
+        try:
+            yield place
+        finally:
+            _end_daemon(place)
+            if empty_cache:
+                shutil.rmtree(cache.parent)
+
+
+def _workplace(folder: Path, cache: Path) -> Workplace:
+    home = {"XDG_CONFIG_HOME": "config", "XDG_STATE_HOME": "state", "XDG_RUNTIME_DIR": "run"}
+    env = os.environ | {variable: str(folder / part) for variable, part in home.items()}
+    config, state, runtime = (folder / part / "offload" for part in home.values())
+    script = Path(sys.executable).with_name("offload")
+    return Workplace(
+        folder=folder,
+        paths=Paths(config=config, state=state, runtime=runtime, cache=cache),
+        env=env | {"XDG_CACHE_HOME": str(cache.parent)},
+        offload=(str(script),) if script.exists() else (sys.executable, "-m", "offload_cli"),
+    )
+
+
+def _write_files(place: Workplace) -> None:
+    machines, project = place.paths.config / "machines", place.folder / "one-line"
+    for folder in (machines, project):
+        folder.mkdir(parents=True)
+    make_private(place.paths.runtime)
+    ssh, secrets = _free_ports()
+    (machines / f"{MACHINE}.yaml").write_text(_MACHINE.format(name=MACHINE, ssh=ssh, secrets=secrets))
+    (project / "offload.yaml").write_text(_ONE_LINE)
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+def _end_daemon(place: Workplace) -> None:
+    """Stop the daemon, which ends its machines, and wait until it is gone."""
+    if place.paths.socket.exists():
+        place.run("daemon", "stop", limit_s=_STOP_LIMIT_S)
+    left = [path.parent.name for path in place.paths.instances.glob("*/instance.json")]
+    if left:
+        raise BenchError(f"left running: {', '.join(left)}")

@@ -1,0 +1,155 @@
+"""A world of its own for each test that needs the real command line and the real daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class World:
+    """The directories of one user, in which `offload` is run.  Only the cache is the real user's: images are expensive."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state/offload"
+
+    @property
+    def instances(self) -> Path:
+        return self.state / "instances"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {
+            "XDG_STATE_HOME": str(self.root / "state"),
+            "XDG_CONFIG_HOME": str(self.root / "config"),
+            "XDG_RUNTIME_DIR": str(self.root / "run"),
+            "XDG_CACHE_HOME": str(_cache()),
+            "COLUMNS": "120",
+        }
+
+    def start(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """Start `offload` with these arguments."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "offload_cli", *map(str, arguments)],
+            env=self.env,
+            cwd=cwd or self.root,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *arguments: str | Path, status: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `offload` to its end, and check its exit status unless that is None."""
+        process = self.start(*arguments, cwd=cwd)
+        out, err = process.communicate(timeout=600)
+        if status is not None:
+            assert process.returncode == status, f"exit status {process.returncode}\nstdout: {out}\nstderr: {err}"
+        assert "Traceback" not in err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def json(self, *arguments: str | Path, status: int | None = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", status=status).stdout)
+
+    def machine(self, name: str, text: str) -> None:
+        """Declare a machine of the user's."""
+        folder = self.root / "config/offload/machines"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text(f"kind: build-vm\nname: {name}\nimage: debian\n{text}")
+
+    def recipe(self, name: str, text: str) -> Path:
+        """A directory with an offload.yaml."""
+        folder = self.root / "projects" / name
+        folder.mkdir(parents=True)
+        (folder / "offload.yaml").write_text(f"name: {name}\n{text}")
+        return folder
+
+    def qemus(self) -> list[int]:
+        """The QEMUs of this world."""
+        return [pid for pid, command in _commands() if "qemu-system" in command and str(self.root) in command]
+
+    def daemons(self) -> list[int]:
+        """The daemons of this world."""
+        found = []
+        for pid, command in _commands():
+            if "offloadd.daemon.main" in command:
+                try:
+                    environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+                except OSError:
+                    continue
+                if f"XDG_STATE_HOME={self.root}/state" in environment.split("\0"):
+                    found.append(pid)
+        return found
+
+    def assert_nothing_left(self) -> None:
+        """No QEMU, no directory of one, no file of a build under way."""
+        deadline = time.monotonic() + 15
+        while (self.qemus() or self._leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not self.qemus()
+        assert not self._leftovers()
+
+    def _leftovers(self) -> list[Path]:
+        return [*self.instances.glob("*"), *self.state.glob("builds/*/source*")]
+
+    def close(self) -> None:
+        """End everything of this world, whatever a failed test has left."""
+        self.run("daemon", "stop", status=None)
+        deadline = time.monotonic() + 30
+        while self.daemons() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for pid in self.daemons() + self.qemus():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.root)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _commands() -> Iterator[tuple[int, str]]:
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            yield int(directory.name), (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+
+
+@pytest.fixture(scope="module")
+def make_world() -> Iterator[Callable[[], World]]:
+    """Make worlds; they end with the module."""
+    worlds: list[World] = []
+
+    def make() -> World:
+        # Directly below /tmp: a socket's path holds 107 bytes.
+        root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))  # noqa: S108
+        (root / "run").mkdir(mode=0o700)
+        worlds.append(World(root))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture(scope="module")
+def world(make_world: Callable[[], World]) -> World:
+    """One world for all tests of a module; what a test starts it ends, and the next one finds nothing of it."""
+    return make_world()

@@ -1,0 +1,115 @@
+"""The parts of the guest's build service that are pure functions, and that must agree with the standard library."""
+
+import fnmatch
+import io
+import json
+import sys
+import tarfile
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def load(name: str) -> ModuleType:
+    folder = str(Path(__file__).parents[2] / "images/guest")
+    sys.path.insert(0, folder)
+    try:
+        return import_module(f"build_service.{name}")
+    finally:
+        sys.path.remove(folder)
+
+
+frames, outputs, patterns, source, steps = (load(name) for name in ("frames", "outputs", "patterns", "source", "steps"))
+
+texts = st.text(st.characters())
+values = st.recursive(
+    texts | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
+    max_leaves=10,
+)
+
+
+@given(values)
+def test_json_is_json(value: object) -> None:
+    assert json.loads(frames.to_json(value)) == value
+    assert frames.parse_json(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "{", "{} {}", "nonsense", '{"a": }'])
+def test_what_is_not_json(text: str) -> None:
+    with pytest.raises((frames.Trouble, ValueError)):
+        frames.parse_json(text)
+
+
+glob_texts = st.text("ab-.![]*?", max_size=8).map(str.encode)
+
+
+@given(glob_texts, st.text("ab-.![", min_size=1, max_size=6).map(str.encode))
+def test_patterns_match_as_fnmatch_has_it(pattern: bytes, name: bytes) -> None:
+    hidden = name.startswith(b".") and not pattern.startswith(b".")
+    if b"[" not in pattern:
+        assert patterns.matches(name, pattern) == (fnmatch.fnmatchcase(name, pattern) and not hidden)
+    assert patterns.matches(name, pattern) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("*.deb", "a.deb a.b.deb", "a.debx .deb .a.deb"),
+        ("[a-c]x[!0-9]", "axz cx-", "dxz ax5 ax"),
+        ("[]x]", "] x", "y []"),
+        ("[x", "[x", "x"),
+        ("a[b-]", "ab a-", "ac"),
+        (".*", ".a", "a"),
+        ("*a*b*c", "abc xaxbxc", "acb ab"),
+    ],
+)
+def test_patterns(pattern: str, yes: str, no: str) -> None:
+    assert [name for name in yes.split() if not patterns.matches(name.encode(), pattern.encode())] == []
+    assert [name for name in no.split() if patterns.matches(name.encode(), pattern.encode())] == []
+
+
+def test_a_pattern_with_many_stars_takes_no_time() -> None:
+    assert not patterns.matches(b"a" * 200, b"*a" * 100 + b"b")
+
+
+@given(st.binary(min_size=1, max_size=300), st.integers(0, 1 << 40), st.integers(-5, 1 << 40), st.binary(max_size=300))
+def test_headers_are_read_by_tarfile(name: bytes, size: int, mtime: int, link: bytes) -> None:
+    name = b"n" + name.translate(None, b"\0/")
+    link = b"l" + link.translate(None, b"\0")
+    for kind in (b"0", b"2"):
+        data = outputs.tar_header(name, kind, 0o751, size if kind == b"0" else 0, mtime, link if kind == b"2" else b"")
+        with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8", errors="surrogateescape") as tar:
+            found = tar.next()
+        assert found is not None
+        assert found.name.encode("utf-8", "surrogateescape") == name
+        assert (found.mode, found.type) == (0o751, kind)
+        assert found.mtime == min(max(mtime, 0), 8**11 - 1)
+        if kind == b"0":
+            assert found.size == size
+        else:
+            assert found.linkname.encode("utf-8", "surrogateescape") == link
+
+
+@given(st.integers(0, (1 << 60) - 1))
+def test_numbers_of_both_kinds(number: int) -> None:
+    assert source.tar_number(tarfile.itn(number, 12, tarfile.GNU_FORMAT)) == number  # type: ignore[attr-defined]
+
+
+def test_the_sandbox_s_command_line() -> None:
+    begin = {"build": "b1", "directory": "/build/x-1", "env": {"LANG": "C", "A": "1 2"}}
+    words = steps.sandbox_arguments(begin, "/root/of/it", "make; echo $A", 7)
+    assert words[:2] == ["/usr/bin/bwrap", "--unshare-all"]
+    assert words[-5:] == ["--", "/bin/sh", "-e", "-c", "make; echo $A"]
+    assert "--share-net" not in words
+    assert {"--die-with-parent", "--new-session", "--clearenv"} < set(words)
+    assert words[words.index("--bind") + 1 :][:2] == ["/root/of/it", "/"]
+    assert words[words.index("--chdir") + 1] == "/build/x-1"
+    env = {words[at + 1]: words[at + 2] for at, word in enumerate(words) if word == "--setenv"}
+    assert env["LANG"] == "C"
+    assert env["A"] == "1 2"
+    assert env["OFFLOAD_BUILD"] == "b1"

@@ -1,0 +1,212 @@
+"""A machine that its user starts, uses and stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import World
+
+SMALL = "cpu-count: 2\nmemory-size: 512\n"
+
+
+@pytest.fixture(scope="module")
+def started(world: World) -> Iterator[World]:
+    """build-vm, as it is shipped, running."""
+    world.run("vm", "start", "build-vm")
+    yield world
+    world.run("vm", "stop", "build-vm")
+    world.assert_nothing_left()
+
+
+def test_has_the_date_of_its_file(started: World) -> None:
+    seen = int(started.run("vm", "exec", "build-vm", "--", "date", "+%s").stdout)
+
+    # It came up at 2020-01-01 and has run since the test began.
+    assert 1577836800 <= seen < 1577836800 + 600
+
+
+def test_account_is_unprivileged(started: World) -> None:
+    assert started.run("vm", "exec", "build-vm", "--", "id", "-un").stdout == "offloading\n"
+    done = started.run("vm", "exec", "build-vm", "--", "sudo", "-n", "id", status=None)
+    assert done.returncode != 0
+
+
+def test_exec_gives_the_commands_exit_status(started: World) -> None:
+    started.run("vm", "exec", "build-vm", "--", "sh", "-c", "exit 7", status=7)
+
+
+def test_show_tells_what_runs(started: World) -> None:
+    shown = started.json("vm", "show", "build-vm")
+
+    assert shown["state"] == "running"
+    assert shown["instance"]["cpu"] == "Cascadelake-Server"
+    assert shown["instance"]["ports"] == {"22": 11022, "1004": 11044}
+    assert len(shown["instance"]["cores"]) == 4
+    if shown["instance"]["accelerator"] == "tcg":
+        # What TCG of this QEMU cannot give of that model.
+        assert "avx512f" in shown["instance"]["missing_cpu_features"]
+    assert started.json("vm", "list")[0]["state"] == "running"
+
+
+def test_threads_are_pinned_as_show_says(started: World) -> None:
+    shown = started.json("vm", "show", "build-vm")["instance"]
+
+    threads = {}
+    for task in Path(f"/proc/{shown['pid']}/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name.startswith("CPU "):
+            threads[int(name.split()[1].split("/")[0])] = os.sched_getaffinity(int(task.name))
+    assert threads == {index: {core} for index, core in enumerate(shown["cores"])}
+
+
+def test_nobody_else_may_use_its_sockets(started: World) -> None:
+    folder = started.instances / "build-vm"
+
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
+    assert {path.name for path in sockets} == {"qmp.sock", "console.sock"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in sockets} == {0o600}
+
+
+def test_forwards_are_on_loopback_alone(started: World) -> None:
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    local = [line.split()[1] for line in listening if line.split()[3] == "0A"]
+    assert f"0100007F:{11022:04X}" in local
+    assert f"00000000:{11022:04X}" not in local
+
+
+def test_guest_cannot_reach_the_hosts_loopback(started: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        script = f"import socket; socket.create_connection(('10.0.2.2', {port}), 3)"
+        done = started.run("vm", "exec", "build-vm", "--", f'python3 -c "{script}"', status=None)
+    assert done.returncode != 0
+    assert "Error" in done.stderr
+
+
+def test_qemu_is_in_its_sandbox(started: World) -> None:
+    pid = started.json("vm", "show", "build-vm")["instance"]["pid"]
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert "Seccomp:\t2" in status
+
+
+def test_build_uses_the_running_machine(started: World, tmp_path: Path) -> None:
+    recipe = started.recipe("shared", "steps: ['id -u; echo $HOME; date +%Y', 'ls /sys/class/net || true']\n")
+    result = started.json("build", "-o", tmp_path / "out", recipe)
+
+    assert result["own_vm"] is False
+    assert result["instance"] == "build-vm"
+    log = started.run("log", result["build"]).stdout
+    assert "1000\n/build\n2020\n" in log
+
+
+def test_build_with_another_date_gets_its_own_vm(started: World, tmp_path: Path) -> None:
+    recipe = started.recipe("own", "steps: ['date +%Y-%m-%d']\ndate: 2012-03-04\n")
+    result = started.json("build", "-o", tmp_path / "out", recipe)
+
+    assert result["own_vm"] is True
+    assert result["cpu"] == "SandyBridge"
+    assert "2012-03-04\n" in started.run("log", result["build"]).stdout
+
+
+def test_second_machine_on_its_ports_is_told_whose_they_are(started: World) -> None:
+    started.machine("rival", SMALL)
+    done = started.run("vm", "start", "rival", status=75)
+
+    assert "port 11022 is taken by our machine build-vm" in done.stderr
+    assert "offload vm stop build-vm" in done.stderr
+
+
+def test_machines_side_by_side_have_their_own_cores(started: World) -> None:
+    started.machine("beside", SMALL + "port-forwardings: {12022: 22, 12044: 1004}\n")
+    started.run("vm", "start", "beside")
+    try:
+        cores = started.json("vm", "show", "beside")["instance"]["cores"]
+        assert set(cores) <= os.sched_getaffinity(0)
+        seen = started.run("vm", "exec", "beside", "--", "nproc").stdout
+        assert seen == "2\n"
+    finally:
+        started.run("vm", "stop", "beside")
+
+
+def test_configuration_is_what_the_manual_says(started: World) -> None:
+    shown = started.json("vm", "configuration", "build-vm")
+    assert shown["cpu-count"] == 4
+    assert shown["memory-size"] == 2048
+    assert shown["date"] == "2020-01-01T00:00:00Z"
+    assert shown["port-forwardings"] == {"11022": 22, "11044": 1004}
+
+
+def test_log_of_the_console_is_kept(started: World) -> None:
+    assert "offload-init: ready" in started.run("vm", "logs", "build-vm").stdout
+
+
+def test_openssh_gets_in_with_the_host_key_that_we_sent(started: World) -> None:
+    shown = started.json("vm", "show", "build-vm")
+    scanned = subprocess.run(
+        ["ssh-keyscan", "-t", "ed25519", "-p", "11022", "127.0.0.1"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert shown["host_keys"][0].split()[1] in scanned.stdout
+
+
+def test_killed_qemu_is_a_crash_with_its_signal(world: World) -> None:
+    world.machine("victim", SMALL + "port-forwardings: {12122: 22, 12144: 1004}\n")
+    world.run("vm", "start", "victim")
+    os.kill(world.json("vm", "show", "victim")["instance"]["pid"], signal.SIGKILL)
+
+    deadline = time.monotonic() + 10
+    while (shown := world.json("vm", "show", "victim"))["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert shown["state"] == "crashed"
+    assert "killed by SIGKILL" in shown["reason"]
+    assert "offload-init: ready" in shown["detail"]
+    # A crash is no reason not to start it again.
+    world.run("vm", "start", "victim")
+    world.run("vm", "stop", "victim")
+
+
+@pytest.mark.parametrize(
+    ("append", "state", "words"),
+    [
+        pytest.param("root=/dev/none console=ttyS0 panic=-1", "stopped-by-guest", "shut down from inside", id="powers-off"),
+        pytest.param("root=/dev/none rdinit=/none console=ttyS0 panic=-1", "crashed", "kernel panicked", id="panics"),
+    ],
+)
+def test_guest_that_ends_while_it_boots(world: World, append: str, state: str, words: str) -> None:
+    name = f"guest-{state}"
+    forwards = "port-forwardings: {12222: 22, 12244: 1004}\n"
+    world.machine(name, SMALL + forwards + f"options: [-append, '{append}']\n")
+    done = world.run("vm", "start", name, status=75)
+
+    assert words in done.stderr
+    shown = world.json("vm", "show", name)
+    assert words in shown["reason"]
+    assert shown["detail"]
+    world.assert_nothing_left()
+
+
+def test_guest_without_a_hello_is_stopped_at_the_limit(world: World) -> None:
+    forwards = "port-forwardings: {12322: 22, 12344: 1004}\n"
+    world.machine("mute", SMALL + forwards + "boot-timeout: 6s\noptions: [-append, 'root=/dev/none console=ttyS0']\n")
+    done = world.run("vm", "start", "mute", status=75)
+
+    assert "mute: not ready after 6 s: the secret service gave no hello" in done.stderr
+    world.assert_nothing_left()
+
+
+def test_cpu_that_qemu_does_not_know_is_refused_before_boot(world: World) -> None:
+    world.machine("odd", "cpu: Haswel\n")
+    done = world.run("vm", "start", "odd", status=4)
+
+    assert "does not know the CPU model 'Haswel'" in done.stderr
+    assert "Haswell" in done.stderr
+    assert not world.qemus()
