@@ -17,7 +17,7 @@ class BenchError(Exception):
     """Something could not be measured; the text says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """One thing, timed several times, in seconds."""
 

@@ -30,14 +30,14 @@ _HOOKS = (
     'ln -s ../offload-bench.service "$1/etc/systemd/system/multi-user.target.wants/"',
     # As Debian's installer writes it.
     'echo "/dev/vda / ext4 errors=remount-ro 0 1" >"$1/etc/fstab"',
-    # A first boot does more than every later one.
-    'tr -d - </proc/sys/kernel/random/uuid >"$1/etc/machine-id"',
     # The bootstrap is told to leave it out, for our own images.
     'chroot "$1" env INITRD=Yes update-initramfs -c -k all',
 )
 _SCRIPT = """\
 mkdir root && tar -x -p --numeric-owner --exclude='./dev/*' -f root.tar -C root
 mkdir -p root/dev
+# A first boot does more than every later one; mmdebstrap makes every boot the first.
+tr -d - </proc/sys/kernel/random/uuid >root/etc/machine-id
 cp root/boot/vmlinuz-* ../vmlinuz && cp root/boot/initrd.img-* ../initrd.img
 mke2fs -q -F -t ext4 -d root ../root.ext4 8G
 rm -r root root.tar
@@ -53,7 +53,7 @@ async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) ->
     recipe = ours.recipe
     packages = (recipe.kernel, *recipe.packages, "systemd-sysv")
     # With the versions: a mirror moves on, and then both are to be made anew.
-    digest = json_digest({"format": FORMAT, "hooks": _HOOKS, "packages": packages, "versions": dict(ours.packages)})
+    digest = json_digest({"format": FORMAT, "hooks": _HOOKS, "script": _SCRIPT, "packages": packages, "versions": dict(ours.packages)})
 
     async def make(target: Path) -> None:
         room = scratch(target)

@@ -54,7 +54,7 @@ def start(name: str = _NAME, as_json: bool = json_option()) -> None:
     began = time.monotonic()
     with open_client() as client:
         try:
-            machine = show_work(client, f"/v1/machines/{name}/start", f"starting {name}")
+            machine = show_work(client, f"/v1/machines/{name}/start", "starting")
         except KeyboardInterrupt:
             _stop_start(client, name)
             raise

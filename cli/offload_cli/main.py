@@ -91,7 +91,7 @@ def main() -> None:
         # `nohup` has SIGHUP ignored, and means it.
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
-    app()
+    app(prog_name="offload")
 
 
 if __name__ == "__main__":

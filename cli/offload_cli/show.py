@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _ON_PURPOSE_S = 60.0
 """A guest's clock that is further from the host's than this was set so."""
 _YEAR_MONTHS = 12
+_VALUE_WIDTH = 96
+"""Longer values are broken between words; paths never are."""
 _DAY_S = 86400
 
 
@@ -28,10 +32,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Names and values in two columns; pairs without a value are left out."""
-    kept = [(name, one_line(value, 1000)) for name, value in pairs if value]
+    """Names and values in two columns, long values in several lines; pairs without a value are left out."""
+    kept = [(name, one_line(value, 2000)) for name, value in pairs if value]
     width = max((len(name) for name, _ in kept), default=0)
-    return [f"  {name.ljust(width)}  {value}" for name, value in kept]
+    lines = []
+    for name, value in kept:
+        parts = textwrap.wrap(value, _VALUE_WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"  {label.ljust(width)}  {part}" for label, part in zip_longest([name], parts, fillvalue="")]
+    return lines
 
 
 def moment(seconds: float | None) -> str:

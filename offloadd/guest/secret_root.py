@@ -71,7 +71,10 @@ def _ensure_key(path: Path, algorithm: str, comment: str) -> str:
             # Without the cause: nothing of a private key belongs in a message.
             raise HostError("is no private key without a passphrase", subject=str(path)) from None
         _write_new(public_path, key.export_public_key(), 0o644)
-    return public_path.read_text().strip()
+    try:
+        return asyncssh.read_public_key(public_path).export_public_key().decode().strip()
+    except asyncssh.KeyImportError as exc:
+        raise HostError("is no public key", subject=str(public_path), hint="remove it: it is made again from the private one") from exc
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
@@ -86,7 +89,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 
 def _ensure_line(path: Path, line: str) -> None:
     """The user may have authorized further keys there: they stay."""
-    text = path.read_text() if path.exists() else ""
-    if line.split()[1] not in text.split():
-        path.unlink(missing_ok=True)
-        _write_new(path, (text + ("" if not text or text.endswith("\n") else "\n") + line + "\n").encode(), 0o444)
+    text = path.read_bytes() if path.exists() else b""
+    if line.split()[1].encode() not in text.split():
+        between = b"" if not text or text.endswith(b"\n") else b"\n"
+        _write_new(path, text + between + line.encode() + b"\n", 0o444)

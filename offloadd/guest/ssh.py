@@ -165,6 +165,9 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
         except asyncssh.PermissionDenied as exc:
             hint = f"does the secret root hold authorized_keys.d/{ACCOUNT}? see {secrets.root}"
             raise SshError("key refused", subject=secrets.machine, hint=hint) from exc
+        except asyncssh.KeyImportError:
+            # Without the cause: nothing of a private key belongs in a message.
+            raise SshError("is no private key without a passphrase", subject=str(secrets.client_key)) from None
         except _LOST:
             # QEMU takes the connection before the guest's sshd does: only a handshake proves that somebody is there.
             await trio.sleep(RETRY_S)

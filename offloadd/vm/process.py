@@ -80,7 +80,7 @@ def start_process(argv: Sequence[str], log: Path, directory: Path, pass_fds: Seq
                 cwd=directory,
                 start_new_session=True,
                 pass_fds=pass_fds,
-                umask=0o077,  # its sockets are for us alone
+                umask=0o177,  # its sockets are for us alone
             )
     except OSError as exc:
         raise HostError(f"cannot start {argv[0]}: {exc.strerror}", hint="offload doctor") from exc

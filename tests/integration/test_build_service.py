@@ -296,6 +296,13 @@ def test_a_step_that_closes_its_output_is_still_waited_for(service: Session) -> 
     assert service.events("outputs") == [{"event": "outputs", "missing": []}]
 
 
+def test_many_steps(service: Session) -> None:
+    """bubblewrap must find its processes in /proc whatever their numbers are."""
+    service.send_build(EMPTY, steps=[f"echo {number}" for number in range(40)])
+    service.read_all()
+    assert service.log.split() == [b"%d" % number for number in range(40)]
+
+
 def test_a_lot_of_log(service: Session) -> None:
     service.send_build(EMPTY, steps=["head -c 50000000 /dev/zero"])
     service.read_all()
@@ -602,6 +609,7 @@ def test_a_build_in_an_environment(state: Path, disk: tuple[Path, str]) -> None:
         with serve(state, "--sys", str(sys_root)) as service:
             service.send_build(tar_of({"a": "1"}), environment=serial, steps=[step, "cat a /build/here"], outputs=["a"])
             service.read_all()
+            assert service.events("error") == [], service.log
             assert service.events("exit") == [{"event": "exit", "status": 0, "step": 2}]
             lines = service.log.decode().splitlines()
             assert lines[:3] == ["from the environment", "hello-1", "here"]

@@ -28,7 +28,7 @@ import time
 from build_service.begin import check_begin
 from build_service.directory import claim_directory, remove_tree
 from build_service.frames import PIECE, Cancelled, Trouble, describe, parse_json, read_frame, send, send_event
-from build_service.kernel import CLONE_NEWNS, CLONE_NEWPID, MS_PRIVATE, MS_REC, Kernel
+from build_service.kernel import CLONE_NEWNS, CLONE_NEWPID, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC, Kernel
 from build_service.outputs import send_outputs
 from build_service.porter import Reported, as_porter
 from build_service.root import find_disk, make_own_root, make_root
@@ -43,6 +43,8 @@ def work(kernel, begin, place, sys_root):
     kernel.end_with_parent()
     kernel.unshare(CLONE_NEWNS)
     kernel.mount(None, "/", None, MS_REC | MS_PRIVATE)
+    # bubblewrap looks for its child in /proc by the number that it has in our PID namespace.
+    kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     if begin["environment"] is None:
         root, mounts = make_own_root(kernel, place)
     else:

@@ -1,0 +1,302 @@
+"""The real command line against a daemon that says what the test wants: exit statuses, streams, signals, completion."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offloadd.errors import BootError, NoMachineError
+
+BUILD = "0a1b2c3d"
+END = {"event": "end", "state": "succeeded", "exit_status": 0, "result": {"build": BUILD, "name": "p", "version": "0", "state": "succeeded"}}
+LOG = {"event": "log", "text": "hello from the build\n"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StubDaemon
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        if self.command == "PUT":
+            self.server.source = self._chunks()
+        elif length := int(self.headers.get("Content-Length") or 0):
+            self.server.bodies.append(json.loads(self.rfile.read(length)))
+        answer = self.server.answers.get(f"{self.command} {self.path}", (404, {"error": "NotFoundError", "what": "no such thing"}))
+        status, body = answer if isinstance(answer, tuple) else (200, answer)
+        if isinstance(body, list) and body and "event" in body[0]:
+            self._stream(body)
+            return
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_DELETE = _serve
+
+    def _chunks(self) -> bytes:
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def _stream(self, events: list[dict[str, Any]]) -> None:
+        """JSON lines until the connection closes; the event `wait` waits for a request to cancel."""
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for event in events:
+            if event["event"] == "wait":
+                self._wait_cancelled()
+                return
+            self.wfile.write(json.dumps(event).encode() + b"\n")
+            self.wfile.flush()
+
+    def _wait_cancelled(self) -> None:
+        deadline = time.monotonic() + 20
+        while not any("cancel" in request for request in self.server.asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+class StubDaemon(socketserver.ThreadingUnixStreamServer):
+    """Answers `METHOD /path` with what `answers` has: a value, or (status, value)."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: list[str] = []
+        self.bodies: list[Any] = []
+        self.source = b""
+        self.answers: dict[str, Any] = {
+            "GET /v1/status": {"version": "0", "pid": 1},
+            "POST /v1/builds": (201, {"build": BUILD}),
+            f"PUT /v1/builds/{BUILD}/source": (202, {"build": BUILD}),
+            f"POST /v1/builds/{BUILD}/cancel": {"build": BUILD, "name": "p", "version": "0", "state": "cancelled"},
+            f"GET /v1/builds/{BUILD}/events": [LOG, END],
+        }
+        (root / "run/offload").mkdir(parents=True)
+        super().__init__(str(root / "run/offload/offloadd.sock"), _Handler)
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        names = {"XDG_RUNTIME_DIR": "run", "XDG_STATE_HOME": "state", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache"}
+        return os.environ | {name: str(self.root / folder) for name, folder in names.items()} | {"TERM": "dumb"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "offload_cli", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.env, cwd=self.root, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+
+    def run(self, *arguments: str, status: int = 0) -> tuple[str, str]:
+        """What `offload` writes to its two streams."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == status, err
+        assert "Traceback" not in err
+        return out, err
+
+
+@pytest.fixture
+def daemon() -> Iterator[StubDaemon]:
+    # Not pytest's own directory: its path may be too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="offload-") as root, StubDaemon(Path(root)) as server:
+        (Path(root) / "p").mkdir()
+        (Path(root) / "p/file").write_text("content")
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def _tar(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_build(daemon: StubDaemon) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/outputs"] = _tar(product=b"made")
+    out, err = daemon.run("build", "--date", "2020-01-01", "-p", "gcc", "-o", "p/out", "p", "--", "make", "a b")
+    assert out == "hello from the build\n"
+    assert "p 0: succeeded" in err
+    assert (daemon.root / "p/out/product").read_text() == "made"
+    request = daemon.bodies[0]
+    assert request["recipe"]["steps"] == ["make 'a b'"]
+    assert (request["recipe"]["packages"], request["date"]) == (["gcc"], "2020-01-01T00:00:00Z")
+    with tarfile.open(fileobj=io.BytesIO(daemon.source)) as tar:
+        assert tar.getnames() == ["file"]
+    daemon.run("build", "-o", "p/out", "p", "--", "make")
+    with tarfile.open(fileobj=io.BytesIO(daemon.source)) as tar:
+        assert tar.getnames() == ["file"], "the result of an earlier build is no source"
+
+
+def test_json_is_all_that_is_on_standard_output(daemon: StubDaemon) -> None:
+    out, err = daemon.run("build", "--json", "p", "--", "make")
+    assert json.loads(out)["out"] == str(daemon.root / "offload-out/p-0")
+    assert "hello from the build" in err
+    out, _ = daemon.run("build", "--json", "--date", "never", "p", "--", "make", status=2)
+    assert json.loads(out)["error"]["error"] == "UsageError"
+
+
+@pytest.mark.parametrize(("state", "status"), [("failed", 1), ("timed-out", 124), ("errored", 75), ("cancelled", 130)])
+def test_a_build_that_does_not_succeed(daemon: StubDaemon, state: str, status: int) -> None:
+    error = BootError("not ready", subject="vm", hint="a hint", detail="last \x1b[2Jwords").to_json()
+    result = {**END["result"], "state": state, "error": error}  # type: ignore[dict-item]
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "end", "state": state, "exit_status": status, "result": result}]
+    # Of such a build these are not whole.
+    daemon.answers[f"GET /v1/builds/{BUILD}/outputs"] = b"half a tar"
+    _, err = daemon.run("build", "p", "--", "make", status=status)
+    assert "offload: vm: not ready\n  | last words\n  hint: a hint\n" in err
+    assert (daemon.root / "offload-out/p-0/build.json").exists() == (state != "cancelled")
+
+
+def test_keep_failed(daemon: StubDaemon) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [{**END, "state": "failed", "exit_status": 1}]
+    daemon.answers[f"GET /v1/builds/{BUILD}/outputs"] = _tar(core=b"")
+    daemon.run("build", "--keep-failed", "p", "--", "make", status=1)
+    assert daemon.bodies[0]["keep-failed"] is True
+    assert (daemon.root / "offload-out/p-0/failed/core").exists()
+
+
+def test_an_error_of_the_daemon_keeps_its_exit_status(daemon: StubDaemon) -> None:
+    daemon.answers["POST /v1/builds"] = (409, NoMachineError("no machine can do this build", subject="p", detail="vm: too old").to_json())
+    _, err = daemon.run("build", "p", "--", "make", status=4)
+    assert "offload: p: no machine can do this build\n  | vm: too old" in err
+
+
+def test_a_daemon_that_goes_away(daemon: StubDaemon) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG]
+    _, err = daemon.run("build", "p", "--", "make", status=75)
+    assert "ended during the build" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_cancel_the_build(daemon: StubDaemon, number: signal.Signals) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]
+    process = daemon.start("build", "p", "--", "make")
+    assert process.stdout is not None
+    assert process.stdout.readline() == LOG["text"]
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"POST /v1/builds/{BUILD}/cancel" in daemon.asked
+    assert "Traceback" not in err
+
+
+def test_a_source_that_cannot_be_sent_cancels_the_build(daemon: StubDaemon) -> None:
+    os.mkfifo(daemon.root / "p/fifo")
+    _, err = daemon.run("build", "p", "--", "make", status=2)
+    assert "is a fifo" in err
+    assert f"POST /v1/builds/{BUILD}/cancel" in daemon.asked
+
+
+def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> None:
+    (daemon.root / "p/offload.yaml").write_text("steps: make\ncolour: red\n")
+    _, err = daemon.run("build", "p", status=3)
+    assert "offload.yaml:1: steps" in err
+    assert "offload.yaml:2: colour" in err
+    daemon.run("build", "nowhere", status=5)
+    daemon.run("build", "-o", "p", "p", "--", "make", status=2)
+    daemon.run("nonsense", status=2)
+    daemon.run("vm", "exec", "vm", status=2)
+    assert daemon.asked == []
+
+
+def test_log_without_follow_ends_although_the_build_goes_on(daemon: StubDaemon) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]
+    assert daemon.run("log", BUILD)[0] == LOG["text"]
+
+
+def test_a_reader_that_has_enough(daemon: StubDaemon) -> None:
+    rows = [{"build": f"{n:08x}", "name": "n" * 50, "version": "0", "state": "failed", "machine": "", "created": 1.0} for n in range(2000)]
+    daemon.answers["GET /v1/builds?limit=20"] = rows
+    process = daemon.start("builds")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(30) == 141
+
+
+def test_start_of_a_machine(daemon: StubDaemon) -> None:
+    phases = [{"event": "phase", "text": "booting", "fraction": None}]
+    daemon.answers["POST /v1/machines/vm/start"] = [*phases, {"event": "done", "name": "vm", "ssh_port": 11022}]
+    out, err = daemon.run("vm", "start", "vm")
+    assert out == ""
+    assert "==> booting\n" in err
+    assert "127.0.0.1:11022" in err
+    daemon.answers["POST /v1/machines/vm/start"] = [*phases, {"event": "error", **BootError("panicked", subject="vm").to_json()}]
+    assert "offload: vm: panicked" in daemon.run("vm", "start", "vm", status=75)[1]
+
+
+def test_a_machine_that_does_not_run(daemon: StubDaemon) -> None:
+    daemon.answers["GET /v1/machines/vm"] = {"name": "vm", "instance": None, "logs": "/nonexistent", "console_log": None}
+    for command in (("ssh", "vm"), ("exec", "vm", "--", "true"), ("console", "vm")):
+        assert "offload vm start vm" in daemon.run("vm", *command, status=5)[1]
+    assert json.loads(daemon.run("vm", "logs", "vm", "--json")[0]) == []
+    daemon.run("vm", "logs", "vm", status=5)
+
+
+COMMANDS = [
+    *(["build"], ["builds"], ["log"], ["cancel"], ["doctor"], ["env", "list"], ["daemon", "status"], ["daemon", "stop"]),
+    *(["image", name] for name in ("list", "build", "show", "rm", "gc")),
+    *(["vm", name] for name in ("list", "start", "stop", "show", "configuration", "console", "ssh", "exec", "logs")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_text_has_an_example(daemon: StubDaemon, command: list[str]) -> None:
+    out, _ = daemon.run(*command, "--help")
+    assert "Example" in out
+    assert f"\n    offload {' '.join(command)}" in out
+    assert daemon.asked == []
+
+
+def _complete(daemon: StubDaemon, line: str) -> list[str]:
+    env = {**daemon.env, "_OFFLOAD_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run([sys.executable, "-m", "offload_cli"], env=env, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.split()
+
+
+def test_completion(daemon: StubDaemon) -> None:
+    assert _complete(daemon, "offload vm show b") == ["build-vm"]
+    assert _complete(daemon, "offload image show d") == ["debian"]
+    daemon.answers["GET /v1/builds"] = [{"build": BUILD, "name": "p", "version": "0", "state": "failed"}]
+    assert _complete(daemon, "offload log 0") == [BUILD]
+
+
+def test_completion_and_status_start_no_daemon(daemon: StubDaemon) -> None:
+    (daemon.root / "run/offload/offloadd.sock").unlink()
+    assert _complete(daemon, "offload log 0") == []
+    assert "not running" in daemon.run("daemon", "status", status=5)[1]
+    assert "not running" in daemon.run("daemon", "stop", status=5)[1]
+    assert not (daemon.root / "state").exists()

@@ -1,0 +1,143 @@
+"""What `offload doctor` finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from offload_cli.doctor import doctor_lines
+from offloadd import doctor
+from offloadd.config.library import load_library
+from offloadd.doctor import Program, Requirement, State
+from offloadd.paths import Paths, find_paths
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    return Paths(config=tmp_path / "c", state=tmp_path / "s", cache=tmp_path / "cache", runtime=tmp_path / "r")
+
+
+def test_programs() -> None:
+    there = doctor.check_program(Program(name="sh", package="dash", purpose="x"))
+    assert (there.state, there.remedy) == (State.OK, "")
+    gone = doctor.check_program(Program(name="no-such-program", package="some-package", purpose="x"))
+    assert gone.state is State.MISSING
+    assert gone.remedy.endswith("apt-get install some-package")
+
+
+def test_configuration_tells_every_problem(paths: Paths) -> None:
+    library, row = doctor.check_configuration(paths)
+    assert library is not None
+    assert row.state is State.OK
+    (paths.config / "machines").mkdir(parents=True)
+    (paths.config / "machines/wrong.yaml").write_text("kind: build-vm\nimage: debian\ncpu-count: none\ncolour: red\n")
+    library, row = doctor.check_configuration(paths)
+    assert library is None
+    assert row.state is State.MISSING
+    assert "wrong.yaml:3: cpu-count" in row.found
+    assert "wrong.yaml:4: colour" in row.found
+
+
+def test_disk(tmp_path: Path) -> None:
+    assert doctor.check_disk(tmp_path / "not/there/yet", least=0).state is State.OK
+    assert doctor.check_disk(tmp_path, least=1 << 60).state is State.WARNING
+
+
+def test_memory(tmp_path: Path) -> None:
+    library = load_library(find_paths().library[:1])
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       9000000 kB\nMemAvailable:   8000000 kB\n")
+    assert doctor.check_memory(library, meminfo).state is State.OK
+    meminfo.write_text("MemAvailable:   1000000 kB\n")
+    row = doctor.check_memory(library, meminfo)
+    assert row.state is State.WARNING
+    assert "build-vm" in row.found
+
+
+def _verdict(file: Path, accelerator: str, boot_id: str | None = None) -> Path:
+    boot_id = boot_id or Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    file.write_text(json.dumps({"accelerator": accelerator, "reason": "why", "boot_id": boot_id, "qemu": "/q"}))
+    return file
+
+
+def test_kvm(tmp_path: Path) -> None:
+    device, verdict = tmp_path / "kvm", tmp_path / "accelerator.json"
+    assert "there is no" in doctor.check_kvm(verdict, device).found
+    device.touch()
+    assert doctor.check_kvm(verdict, device).found.endswith("the first start of a machine tries it")
+    row = doctor.check_kvm(_verdict(verdict, "tcg"), device)
+    assert (row.state, row.found) == (State.WARNING, "does not work, TCG is used: why")
+    assert doctor.check_kvm(_verdict(verdict, "kvm"), device).state is State.OK
+    # Another boot may be another kernel.
+    assert "tries it" in doctor.check_kvm(_verdict(verdict, "tcg", "another boot"), device).found
+    verdict.write_text("{")
+    assert "tries it" in doctor.check_kvm(verdict, device).found
+
+
+def test_subordinate_ids(tmp_path: Path) -> None:
+    subuid, subgid = tmp_path / "subuid", tmp_path / "subgid"
+    subuid.write_text(f"{os.geteuid()}:100000:65536\n")
+    row = doctor.check_subordinate_ids((subuid, subgid))
+    assert row.state is State.MISSING
+    # What others have is left alone.
+    assert "165536-231071" in row.remedy
+    subgid.write_text(f"other:1:2\n{os.geteuid()}:100000:65536\n")
+    assert doctor.check_subordinate_ids((subuid, subgid)).state is State.OK
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("kernel/unprivileged_userns_clone", "0", "kernel.unprivileged_userns_clone=1"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("user/max_user_namespaces", "0", "user.max_user_namespaces=10000"),
+        ("kernel/unprivileged_userns_clone", "1", "inside a container"),
+    ],
+)
+def test_namespace_remedy(tmp_path: Path, name: str, value: str, remedy: str) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(f"{value}\n")
+    assert remedy in doctor._namespace_remedy(tmp_path)
+
+
+def test_sockets(paths: Paths) -> None:
+    assert doctor.check_sockets(Paths(config=Path("/c"), state=Path("/s"), cache=Path("/k"), runtime=Path("/r")), None).state is State.OK
+    row = doctor.check_sockets(Paths(config=Path("/c"), state=Path("/" + "s" * 90), cache=Path("/k"), runtime=Path("/r")), None)
+    assert row.state is State.MISSING
+    assert "XDG_STATE_HOME" in row.remedy
+    row = doctor.check_sockets(Paths(config=Path("/c"), state=Path("/s"), cache=Path("/k"), runtime=Path("/" + "r" * 120)), None)
+    assert "XDG_RUNTIME_DIR" in row.remedy
+
+
+async def test_an_image_that_is_not_built(paths: Paths) -> None:
+    library, _ = doctor.check_configuration(paths)
+    (row,) = await doctor.check_images(paths, library)
+    assert (row.name, row.state, row.remedy) == ("image debian", State.WARNING, "offload image build debian")
+
+
+def test_daemon(paths: Paths) -> None:
+    assert "not running" in doctor.check_daemon(paths.socket).found
+    paths.runtime.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(paths.socket))
+        listener.listen()
+        assert "running, " in doctor.check_daemon(paths.socket).found
+
+
+def test_lines() -> None:
+    rows = [
+        Requirement(name="python", state=State.OK, found="3.13"),
+        Requirement(name="mke2fs", state=State.MISSING, found="not installed", purpose="disks", remedy="apt-get install e2fsprogs"),
+    ]
+    assert doctor_lines(rows, coloured=False) == [
+        "ok       python  3.13",
+        "missing  mke2fs  not installed",
+        "                 for: disks",
+        "                 mend: apt-get install e2fsprogs",
+        "Missing: mke2fs.",
+    ]
+    assert "\x1b[31m" in doctor_lines(rows, coloured=True)[1]

@@ -1,0 +1,160 @@
+"""CPU models by date, plans, command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offloadd.errors import NoMachineError, UsageError
+from offloadd.model.system import SYSTEMS
+from offloadd.plan.argv import InstanceFiles, qemu_argv
+from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
+from offloadd.plan.machine import default_qemu, plan_for_build
+
+from .plans import X86_MODELS, day, facts, machine, plan
+
+
+@pytest.mark.parametrize(
+    ("date", "model"),
+    [
+        ("1970-01-01", "Opteron_G1"),
+        ("2005-12-31", "Opteron_G1"),
+        ("2006-07-27", "Opteron_G1"),  # released before the date, not on it
+        ("2006-07-28", "core2duo"),
+        ("2008-12-31", "Nehalem"),
+        ("2010-12-31", "Westmere"),
+        ("2011-12-31", "SandyBridge"),
+        ("2012-12-31", "IvyBridge"),
+        ("2013-12-31", "Haswell"),
+        ("2014-12-31", "Broadwell"),
+        ("2015-12-31", "Skylake-Client"),
+        ("2018-01-01", "Skylake-Server"),
+        ("2020-01-01", "Cascadelake-Server"),
+        ("2023-06-01", "SapphireRapids"),
+        ("2099-01-01", "SapphireRapids"),
+    ],
+)
+def test_the_newest_model_released_before_a_date(date: str, model: str) -> None:
+    assert choose_cpu(day(date), "x86_64-linux", X86_MODELS) == model
+    assert choose_cpu(day(date), "i686-linux", X86_MODELS) == model
+
+
+def test_a_model_that_this_qemu_does_not_know_is_passed_over() -> None:
+    assert choose_cpu(day("2020-01-01"), "x86_64-linux", X86_MODELS - {"Cascadelake-Server", "Skylake-Server"}) == "Skylake-Client"
+    assert choose_cpu(day("2004-01-01"), "x86_64-linux", X86_MODELS - {"Opteron_G1"}) == "core2duo"
+    with pytest.raises(NoMachineError, match="knows no CPU model"):
+        choose_cpu(day("2020-01-01"), "x86_64-linux", {"486"})
+
+
+@pytest.mark.parametrize("target", MODELS)
+def test_each_table_is_in_order_and_without_doubles(target: str) -> None:
+    days = [day for day, _ in MODELS[target]]
+    names = [name for _, name in MODELS[target]]
+    assert days == sorted(set(days))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_each_system_has_a_table(system: str) -> None:
+    assert choose_cpu(day("2020-01-01"), system, {name for _, name in MODELS[SYSTEMS[system].qemu]})
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_names() -> None:
+    check_cpu("Haswell,-avx2", X86_MODELS, "qemu")
+    with pytest.raises(NoMachineError) as caught:
+        check_cpu("Nehalm", X86_MODELS, "qemu-system-x86_64")
+    assert caught.value.render() == "qemu-system-x86_64 does not know the CPU model 'Nehalm'\n  hint: did you mean Nehalem?"
+    with pytest.raises(NoMachineError, match="''"):
+        check_cpu("", X86_MODELS, "qemu")
+
+
+def test_the_plan_of_a_machine() -> None:
+    made = plan("vm", date="2012-01-01", **{"memory-size": 512, "cpu-count": 2})
+    assert (made.machine, made.instance, made.system) == ("vm", "vm", "x86_64-linux")
+    assert (made.cpu, made.cpu_count, made.memory_mib) == ("SandyBridge", 2, 512)
+    assert made.forwards == ((11022, 22), (11044, 1004))
+    assert plan(cpu="486").cpu == "486"
+    with pytest.raises(NoMachineError) as caught:
+        plan("vm", cpu="Pentium9")
+    assert caught.value.subject == "vm"
+    assert default_qemu(machine()) == "qemu-system-x86_64"
+    assert default_qemu(machine(qemu="/opt/qemu")) == "/opt/qemu"
+
+
+def test_the_plan_of_a_build_has_its_own_name_ports_date_and_cpu() -> None:
+    moved = plan_for_build(plan(), "build-1", date=day("2009-01-01"), cpu=None, pinned_cpu=False)
+    assert (moved.instance, moved.machine, moved.cpu, moved.date) == ("build-1", "m", "Nehalem", day("2009-01-01"))
+    assert moved.forwards == ((0, 22), (0, 1004))
+
+
+def test_a_cpu_that_the_machine_pins_stays_at_another_date() -> None:
+    pinned = plan(cpu="486")
+    assert plan_for_build(pinned, "b", date=day("2009-01-01"), cpu=None, pinned_cpu=True).cpu == "486"
+    assert plan_for_build(pinned, "b", date=None, cpu="Haswell", pinned_cpu=True).cpu == "Haswell"
+    with pytest.raises(NoMachineError):
+        plan_for_build(pinned, "b", date=None, cpu="Hazwell", pinned_cpu=True)
+
+
+def test_a_date_that_the_clock_does_not_hold() -> None:
+    with pytest.raises(UsageError, match="2150-01-01 is outside"):
+        plan_for_build(plan(), "b", date=day("2150-01-01"), cpu=None, pinned_cpu=False)
+
+
+FILES = InstanceFiles(Path("/run/m"))
+
+
+def options(argv: list[str], name: str) -> list[str]:
+    """The values of each use of an option."""
+    return [argv[index + 1] for index, word in enumerate(argv) if word == name]
+
+
+def test_the_whole_command_line() -> None:
+    argv = qemu_argv(plan(), FILES, 7)
+    assert argv == [
+        "/usr/bin/qemu-system-x86_64",
+        *("-name", "guest=m,debug-threads=on"),
+        *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-machine", "pc", "-accel", "tcg,thread=multi"),
+        *("-cpu", "Cascadelake-Server", "-smp", "4", "-m", "2048M"),
+        *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
+        *("-kernel", "/i/vmlinuz", "-initrd", "/i/initramfs.img"),
+        *("-append", options(argv, "-append")[0]),
+        *("-chardev", "socket,id=qmp,fd=7,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        "-chardev",
+        "socket,id=console,path=/run/m/console.sock,server=on,wait=off,logfile=/run/m/console.log,logappend=on",
+        *("-serial", "chardev:console"),
+        *("-blockdev", "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/run/m/disk.qcow2"),
+        *("-device", "virtio-blk-pci,drive=root,serial=root"),
+        *("-netdev", "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:11022-:22,hostfwd=tcp:127.0.0.1:11044-:1004"),
+        *("-device", "virtio-net-pci,netdev=net0,romfile="),
+        *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
+        *("-device", "pvpanic-pci"),
+    ]
+
+
+def test_what_the_kernel_must_be_told() -> None:
+    words = options(qemu_argv(plan(), FILES, 7), "-append")[0].split()
+    assert {"root=/dev/vda", "console=ttyS0", "panic=-1"} <= set(words)
+
+
+def test_what_changes_an_option() -> None:
+    argv = qemu_argv(plan(network=True, options=["-snapshot"], date="1999-12-31T23:59:58Z", qemu=facts(accelerator="kvm")), FILES, 7)
+    assert options(argv, "-accel") == ["kvm"]
+    assert options(argv, "-rtc") == ["base=1999-12-31T23:59:58,clock=vm"]
+    assert "restrict" not in options(argv, "-netdev")[0]
+    assert argv[-1] == "-snapshot"
+
+
+def test_ports_are_forwarded_on_loopback_only() -> None:
+    moved = plan_for_build(plan(), "b", date=None, cpu=None, pinned_cpu=False)
+    [netdev] = options(qemu_argv(moved, FILES, 7), "-netdev")
+    assert netdev.endswith(",hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:1004")
+    assert netdev.count("hostfwd=") == netdev.count("hostfwd=tcp:127.0.0.1:")
+
+
+def test_commas_in_paths_are_doubled() -> None:
+    argv = qemu_argv(plan(), InstanceFiles(Path("/a,b")), 7)
+    assert "path=/a,,b/console.sock," in options(argv, "-chardev")[1]
+    assert options(argv, "-blockdev")[0].endswith("file.filename=/a,,b/disk.qcow2")
