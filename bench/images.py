@@ -19,22 +19,28 @@ LIMIT_S = 600
 
 
 def measure_image(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
-    """The row for making the default image in `place`, whose cache is its own."""
-    ours, bare = Series("offload image build"), Series("mmdebstrap")
+    """The rows for making the default image in `place`, whose cache is its own."""
+    ours, bare, lean = Series("offload image build"), Series("mmdebstrap"), Series("mmdebstrap, INITRD=No")
     recipe = load_library(place.paths.library).image(IMAGE)
     tar = place.paths.cache.parent / "bare.tar"
     argv = _bare_call(recipe, str(tar), trio.run(_find_mirrors, recipe))
     place.run("vm", "list")  # the daemon is started beforehand
     for number in budget.rounds():
-        for name in in_turn(number, "bare", "ours"):
+        for name in in_turn(number, "bare", "ours", "lean"):
             tell(f"image {number + 1}, {name}", None)
-            if name == "bare":
-                bare.seconds.append(time_program(argv, limit_s=LIMIT_S))
-                tar.unlink()
-            else:
+            if name == "ours":
                 ours.seconds.append(place.run("image", "build", "--rebuild", IMAGE, limit_s=LIMIT_S))
+                continue
+            extra = {"INITRD": "No"} if name == "lean" else {}
+            (lean if extra else bare).seconds.append(time_program(argv, env=os.environ | extra, limit_s=LIMIT_S))
+            tar.unlink()
     compares = "`offload image build --rebuild` : the bare `mmdebstrap` call with the same packages and mirror, to a tar"
-    return [Row(name="image build", compares=compares, ours=ours, base=bare, target=1.3)]
+    return [
+        Row(name="image build", compares=compares, ours=ours, base=bare, target=1.3),
+        Row(
+            name="image build, less", compares="the same : that call without Debian's initramfs, as ours", ours=ours, base=lean
+        ),
+    ]
 
 
 async def _find_mirrors(recipe: ImageRecipe) -> tuple[Mirror, ...]:

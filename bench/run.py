@@ -72,16 +72,16 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
 
     with open_workplace() as place:
         if "boots" in parts:
-            found, about = measure_boots(place, limit(180, 3, 7), _tell("boots"))
+            found, about = measure_boots(place, limit(130, 3, 7), _tell("boots"))
             rows += found
             facts |= about
         if "builds" in parts:
             rows += measure_running(place, limit(60, 3, 10), _tell("builds"))
-            rows += measure_own_vm(place, limit(45, 1, 4), _tell("builds"))
+            rows += measure_own_vm(place, limit(40, 1, 4), _tell("builds"))
             rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
     if "image" in parts:
         with open_workplace(empty_cache=True) as place:
-            rows += measure_image(place, limit(200, 1, 3), _tell("image"))
+            rows += measure_image(place, limit(260, 1, 3), _tell("image"))
     return rows
 
 

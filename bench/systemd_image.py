@@ -53,7 +53,9 @@ async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) ->
     recipe = ours.recipe
     packages = (recipe.kernel, *recipe.packages, "systemd-sysv")
     # With the versions: a mirror moves on, and then both are to be made anew.
-    digest = json_digest({"format": FORMAT, "hooks": _HOOKS, "script": _SCRIPT, "packages": packages, "versions": dict(ours.packages)})
+    digest = json_digest(
+        {"format": FORMAT, "hooks": _HOOKS, "script": _SCRIPT, "packages": packages, "versions": dict(ours.packages)}
+    )
 
     async def make(target: Path) -> None:
         room = scratch(target)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from offloadd.errors import DaemonError, OffloadError, error_from_json
-from offloadd.model.recipe import BuildRequest
 from offloadd.paths import Paths, find_paths, make_private
+
+if TYPE_CHECKING:
+    # pydantic takes a tenth of a second to import, and most commands do without.
+    from offloadd.model.recipe import BuildRequest
 
 IDLE_TIMEOUT = "15m"
 """After which a daemon that was started in the background ends."""
@@ -32,7 +36,8 @@ class Client:
 
     def __init__(self, paths: Paths | None = None) -> None:
         self.paths = paths or find_paths()
-        transport = httpx.HTTPTransport(uds=str(self.paths.socket))
+        # No TLS on a Unix socket: by default all certificates of the host would be loaded, which takes longer than a request.
+        transport = httpx.HTTPTransport(uds=str(self.paths.socket), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         # No limit on reading: a build may be silent for an hour, and the daemon ends with its socket.
         self._http = httpx.Client(transport=transport, base_url="http://offloadd", timeout=httpx.Timeout(None, connect=5))
 

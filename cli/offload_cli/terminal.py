@@ -68,6 +68,8 @@ def say_error(error: OffloadError) -> None:
 
 def print_text(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    # Now, while an error of it can still become an exit status.
+    sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:

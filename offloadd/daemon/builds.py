@@ -21,6 +21,7 @@ from offloadd.errors import (
     BuildFailedError,
     BuildTimeoutError,
     CancelledError,
+    DaemonError,
     HostError,
     MachineLostError,
     OffloadError,
@@ -50,6 +51,11 @@ class Builds:
         self._nursery = nursery
         self._active: dict[str, ActiveBuild] = {}
         self._slots: dict[str, trio.CapacityLimiter] = {}
+        self._closed = False
+
+    def refuse_new(self) -> None:
+        """The daemon is about to end."""
+        self._closed = True
         self._draining = trio.CancelScope()
 
     def __len__(self) -> int:
@@ -64,6 +70,8 @@ class Builds:
         Raises:
             NotFoundError, NoMachineError: nobody could do it, so that the source need not be sent.
         """
+        if self._closed:
+            raise DaemonError("the daemon is being stopped", subject=request.recipe.name, hint="try again in a moment")
         library = self._workshop.library()
         if request.machine:
             library.machine(request.machine)
@@ -134,6 +142,8 @@ class Builds:
             error = MachineLostError("the daemon ended during the build", subject=row.id, hint="offload build again")
             events = EventLog(self._workshop.paths.builds / row.id / "events.ndjson") if self.folder(row.id).is_dir() else None
             result = self._summary(row) | {"state": BuildState.ERRORED, "error": error.to_json()}
+            for scratch in (self._workshop.paths.builds / row.id).glob("source*.tar"):
+                scratch.unlink()
             self._workshop.database.move_build(row.id, BuildState.ERRORED, result=result)
             if events:
                 events.append("error", **error.to_json())

@@ -30,12 +30,29 @@ class EventLog:
         self._path = path
         self._more = trio.lowlevel.ParkingLot()
         self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         self.closed = False
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add one event; a build that has ended takes no more."""
-        if not self.closed:
-            self._file.write(json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n")
+        """Add one event; a build that has ended takes no more.
+
+        Raises:
+            OSError: the disk is full.  `error` and `end` are kept in memory then, so that those who follow hear of it.
+        """
+        if self.closed:
+            return
+        line = json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n"
+        try:
+            rest = self._unwritten + line
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._unwritten = b""
+        except OSError:
+            # What was written of this line is a torn one: a newline of its own sets it apart.
+            self._unwritten = b"\n" + (line if event in ("error", "end") else b"")
+            if event not in ("error", "end"):
+                raise
+        finally:
             self._more.unpark_all()
 
     def close(self) -> None:
@@ -50,6 +67,8 @@ class EventLog:
                 if piece := file.read(PIECE):
                     yield piece
                 elif self.closed:
+                    if self._unwritten:
+                        yield self._unwritten
                     return
                 else:
                     await self._more.park()

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import ConfigError, HostError, NotFoundError, OffloadError
+from offloadd.errors import ConfigError, DaemonError, HostError, NotFoundError, OffloadError
 from offloadd.guest.open import open_guest
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
@@ -53,6 +53,11 @@ class Machines:
         self._workshop = workshop
         self._nursery = nursery
         self._running: dict[str, RunningMachine] = {}
+        self._closed = False
+
+    def refuse_new(self) -> None:
+        """The daemon is about to end."""
+        self._closed = True
 
     def __len__(self) -> int:
         return len(self._running)
@@ -68,8 +73,9 @@ class Machines:
         Raises:
             NotFoundError, ConfigError, NoMachineError, HostError, ImageError, BootError, ...
         """
-        library = self._workshop.library()
-        machine = library.machine(name)
+        if self._closed:
+            raise DaemonError("the daemon is being stopped", subject=name, hint="try again in a moment")
+        machine = self._workshop.library().machine(name)
         running = self._running.get(name)
         if running is None:
             running = self._running[name] = RunningMachine(name)

@@ -92,7 +92,7 @@ async def run_daemon(paths: Paths, *, idle_timeout_s: float) -> None:
             async with open_service(paths, idle_timeout_s=idle_timeout_s) as service:
                 nursery.start_soon(_stop_on_signal, service)
                 log.info("serving", socket=str(paths.socket), pid=os.getpid(), version=__version__)
-                await serve(cast("Any", make_api(service)), _config(listener), shutdown_trigger=service.stopping.wait)
+                await serve(cast("Any", make_api(service)), _config(listener), shutdown_trigger=service.wait_at_rest)
                 paths.socket.unlink(missing_ok=True)
             nursery.cancel_scope.cancel()
     log.info("ended")

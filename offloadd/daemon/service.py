@@ -57,6 +57,14 @@ class Service:
             self.builds.hurry()
         self.stopping.set()
 
+    async def wait_at_rest(self) -> None:
+        """Wait until somebody stops us, and then until builds and machines have ended; those who follow them still hear of it."""
+        await self.stopping.wait()
+        self.builds.refuse_new()
+        self.machines.refuse_new()
+        await self.builds.drain(DRAIN_S)
+        await self.machines.stop_all()
+
     async def stop_when_idle(self) -> None:
         """Stop when nothing runs and nobody has asked for anything for `idle_timeout_s` (0: never)."""
         while self.idle_timeout_s:
@@ -131,7 +139,8 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
                 try:
                     yield service
                 finally:
+                    # Also when the API has failed: nothing may be left running.
                     with trio.CancelScope(shield=True):
                         request_nursery.cancel_scope.cancel()
-                        await builds.drain(DRAIN_S if service.stopping.is_set() else 0)
+                        await builds.drain(0)
                         await machines.stop_all()

@@ -165,7 +165,7 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
         except asyncssh.PermissionDenied as exc:
             hint = f"does the secret root hold authorized_keys.d/{ACCOUNT}? see {secrets.root}"
             raise SshError("key refused", subject=secrets.machine, hint=hint) from exc
-        except asyncssh.KeyImportError:
+        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
             # Without the cause: nothing of a private key belongs in a message.
             raise SshError("is no private key without a passphrase", subject=str(secrets.client_key)) from None
         except _LOST:

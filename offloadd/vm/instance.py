@@ -107,18 +107,19 @@ class Instance:
     def console_tail(self) -> str:
         return console_tail(self.files.console_log)
 
-    async def _watch(self) -> None:
-        status = await self._process.wait_ended()
-        # What QEMU said last may still be on its way through the monitor's reader.
-        events = await self._qmp.take_events()
-        self.outcome = judge(
-            events,
-            asked=self._asked,
-            exit_status=status,
-            stderr=_stderr(self.files.qemu_log),
-            console=console_tail(self.files.console_log),
-        )
-        self._ended.set()
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        with scope:
+            status = await self._process.wait_ended()
+            # What QEMU said last may still be on its way through the monitor's reader.
+            events = await self._qmp.take_events()
+            self.outcome = judge(
+                events,
+                asked=self._asked,
+                exit_status=status,
+                stderr=_stderr(self.files.qemu_log),
+                console=console_tail(self.files.console_log),
+            )
+            self._ended.set()
 
     async def _end(self) -> None:
         """Whatever happened: no QEMU is left when the block is."""
@@ -193,13 +194,17 @@ async def _end_unrecorded(files: InstanceFiles, bridge: Bridge) -> None:
 
 @asynccontextmanager
 async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
+    # A cancellation from outside must not end the watch: `_end` waits for what it sees.
+    watching = trio.CancelScope(shield=True)
     async with open_narrow_nursery() as nursery:
-        nursery.start_soon(instance._watch)
+        nursery.start_soon(instance._watch, watching)
         try:
             yield instance
         finally:
-            await instance._end()
-            nursery.cancel_scope.cancel()
+            try:
+                await instance._end()
+            finally:
+                watching.cancel()
 
 
 @asynccontextmanager

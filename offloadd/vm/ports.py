@@ -52,10 +52,13 @@ def _taken(instance: str, port: int, owner: str | None) -> PortTakenError:
 def _foreign_owner(port: int) -> str:
     """`name (pid N)` of the process that listens on the port; empty when this user may not see it (proc(5), /proc/net/tcp)."""
     inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
-            inodes.add(f"socket:[{fields[9]}]")
+    for table in ("tcp", "tcp6"):
+        # A host without IPv6 has no second table.
+        path = Path("/proc/net", table)
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if str(link.readlink()) in inodes:

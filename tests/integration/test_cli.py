@@ -23,7 +23,8 @@ import pytest
 from offloadd.errors import BootError, NoMachineError
 
 BUILD = "0a1b2c3d"
-END = {"event": "end", "state": "succeeded", "exit_status": 0, "result": {"build": BUILD, "name": "p", "version": "0", "state": "succeeded"}}
+RESULT: dict[str, Any] = {"build": BUILD, "name": "p", "version": "0", "state": "succeeded"}
+END: dict[str, Any] = {"event": "end", "state": "succeeded", "exit_status": 0, "result": RESULT}
 LOG = {"event": "log", "text": "hello from the build\n"}
 
 
@@ -43,7 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.source = self._chunks()
         elif length := int(self.headers.get("Content-Length") or 0):
             self.server.bodies.append(json.loads(self.rfile.read(length)))
-        answer = self.server.answers.get(f"{self.command} {self.path}", (404, {"error": "NotFoundError", "what": "no such thing"}))
+        nothing = (404, {"error": "NotFoundError", "what": "no such thing"})
+        answer = self.server.answers.get(f"{self.command} {self.path}", nothing)
         status, body = answer if isinstance(answer, tuple) else (200, answer)
         if isinstance(body, list) and body and "event" in body[0]:
             self._stream(body)
@@ -109,8 +111,15 @@ class StubDaemon(socketserver.ThreadingUnixStreamServer):
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "offload_cli", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.env, cwd=self.root, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        return subprocess.Popen(
+            command,
+            env=self.env,
+            cwd=self.root,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, *arguments: str, status: int = 0) -> tuple[str, str]:
         """What `offload` writes to its two streams."""
@@ -169,8 +178,8 @@ def test_json_is_all_that_is_on_standard_output(daemon: StubDaemon) -> None:
 @pytest.mark.parametrize(("state", "status"), [("failed", 1), ("timed-out", 124), ("errored", 75), ("cancelled", 130)])
 def test_a_build_that_does_not_succeed(daemon: StubDaemon, state: str, status: int) -> None:
     error = BootError("not ready", subject="vm", hint="a hint", detail="last \x1b[2Jwords").to_json()
-    result = {**END["result"], "state": state, "error": error}  # type: ignore[dict-item]
-    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "end", "state": state, "exit_status": status, "result": result}]
+    end = {"event": "end", "state": state, "exit_status": status, "result": {**RESULT, "state": state, "error": error}}
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, end]
     # Of such a build these are not whole.
     daemon.answers[f"GET /v1/builds/{BUILD}/outputs"] = b"half a tar"
     _, err = daemon.run("build", "p", "--", "make", status=status)
@@ -187,7 +196,8 @@ def test_keep_failed(daemon: StubDaemon) -> None:
 
 
 def test_an_error_of_the_daemon_keeps_its_exit_status(daemon: StubDaemon) -> None:
-    daemon.answers["POST /v1/builds"] = (409, NoMachineError("no machine can do this build", subject="p", detail="vm: too old").to_json())
+    error = NoMachineError("no machine can do this build", subject="p", detail="vm: too old")
+    daemon.answers["POST /v1/builds"] = (409, error.to_json())
     _, err = daemon.run("build", "p", "--", "make", status=4)
     assert "offload: p: no machine can do this build\n  | vm: too old" in err
 
@@ -223,6 +233,8 @@ def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> Non
     _, err = daemon.run("build", "p", status=3)
     assert "offload.yaml:1: steps" in err
     assert "offload.yaml:2: colour" in err
+    (daemon.root / "p/offload.yaml").unlink()
+    daemon.run("build", "p", status=5)
     daemon.run("build", "nowhere", status=5)
     daemon.run("build", "-o", "p", "p", "--", "make", status=2)
     daemon.run("nonsense", status=2)
@@ -236,15 +248,14 @@ def test_log_without_follow_ends_although_the_build_goes_on(daemon: StubDaemon) 
 
 
 def test_a_reader_that_has_enough(daemon: StubDaemon) -> None:
-    rows = [{"build": f"{n:08x}", "name": "n" * 50, "version": "0", "state": "failed", "machine": "", "created": 1.0} for n in range(2000)]
-    daemon.answers["GET /v1/builds?limit=20"] = rows
-    process = daemon.start("builds")
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
-    assert process.wait(30) == 141
+    daemon.answers["GET /v1/builds?limit=20"] = []
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "offload_cli", "builds"]
+    done = subprocess.run(command, env=daemon.env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
 
 
 def test_start_of_a_machine(daemon: StubDaemon) -> None:
@@ -254,7 +265,8 @@ def test_start_of_a_machine(daemon: StubDaemon) -> None:
     assert out == ""
     assert "==> booting\n" in err
     assert "127.0.0.1:11022" in err
-    daemon.answers["POST /v1/machines/vm/start"] = [*phases, {"event": "error", **BootError("panicked", subject="vm").to_json()}]
+    error = BootError("panicked", subject="vm")
+    daemon.answers["POST /v1/machines/vm/start"] = [*phases, {"event": "error", **error.to_json()}]
     assert "offload: vm: panicked" in daemon.run("vm", "start", "vm", status=75)[1]
 
 
@@ -283,7 +295,8 @@ def test_every_help_text_has_an_example(daemon: StubDaemon, command: list[str]) 
 
 def _complete(daemon: StubDaemon, line: str) -> list[str]:
     env = {**daemon.env, "_OFFLOAD_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-    done = subprocess.run([sys.executable, "-m", "offload_cli"], env=env, capture_output=True, text=True, timeout=30, check=False)
+    command = [sys.executable, "-m", "offload_cli"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
     return done.stdout.split()
 
 

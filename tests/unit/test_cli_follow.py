@@ -18,7 +18,7 @@ END: dict[str, Any] = {"event": "end", "state": "failed", "exit_status": 1, "res
 
 
 def test_events(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    events = [
+    events: list[dict[str, Any]] = [
         {"event": "state", "state": "booting", "machine": "vm"},
         {"event": "phase", "text": "booting", "fraction": None},
         {"event": "phase", "text": "booting", "fraction": None},
@@ -56,23 +56,19 @@ def test_plain_phases_do_not_repeat_themselves(monkeypatch: pytest.MonkeyPatch, 
     assert 4 <= len(lines) <= 7
 
 
-class Terminal(io.StringIO):
-    def __init__(self) -> None:
-        super().__init__()
-        self.buffer = io.BytesIO()
-
+class Terminal(io.TextIOWrapper):
     def isatty(self) -> bool:
         return True
 
 
 def test_log_on_a_terminal_is_cleaned_and_leaves_it_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", Terminal(written))
     log = LogStream()
     for piece in ("\x1b[31mred\x1b", "[2J and", " open"):
         log.write(piece)
     log.end()
-    assert terminal.buffer.getvalue() == b"\x1b[31mred and open\x1b[0m\n"
+    assert written.getvalue() == b"\x1b[31mred and open\x1b[0m\n"
 
 
 MACHINE = {"name": "vm", "ssh_port": 11022, "client_key": "/s/id"}

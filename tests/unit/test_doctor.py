@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,13 +105,13 @@ def test_namespace_remedy(tmp_path: Path, name: str, value: str, remedy: str) ->
     assert remedy in doctor._namespace_remedy(tmp_path)
 
 
-def test_sockets(paths: Paths) -> None:
-    assert doctor.check_sockets(Paths(config=Path("/c"), state=Path("/s"), cache=Path("/k"), runtime=Path("/r")), None).state is State.OK
-    row = doctor.check_sockets(Paths(config=Path("/c"), state=Path("/" + "s" * 90), cache=Path("/k"), runtime=Path("/r")), None)
+def test_sockets() -> None:
+    short = Paths(config=Path("/c"), state=Path("/s"), cache=Path("/k"), runtime=Path("/r"))
+    assert doctor.check_sockets(short, None).state is State.OK
+    row = doctor.check_sockets(replace(short, state=Path("/" + "s" * 90)), None)
     assert row.state is State.MISSING
     assert "XDG_STATE_HOME" in row.remedy
-    row = doctor.check_sockets(Paths(config=Path("/c"), state=Path("/s"), cache=Path("/k"), runtime=Path("/" + "r" * 120)), None)
-    assert "XDG_RUNTIME_DIR" in row.remedy
+    assert "XDG_RUNTIME_DIR" in doctor.check_sockets(replace(short, runtime=Path("/" + "r" * 120)), None).remedy
 
 
 async def test_an_image_that_is_not_built(paths: Paths) -> None:
@@ -131,13 +132,13 @@ def test_daemon(paths: Paths) -> None:
 def test_lines() -> None:
     rows = [
         Requirement(name="python", state=State.OK, found="3.13"),
-        Requirement(name="mke2fs", state=State.MISSING, found="not installed", purpose="disks", remedy="apt-get install e2fsprogs"),
+        Requirement(name="mke2fs", state=State.MISSING, found="not installed", purpose="disks", remedy="apt install e2fsprogs"),
     ]
     assert doctor_lines(rows, coloured=False) == [
         "ok       python  3.13",
         "missing  mke2fs  not installed",
         "                 for: disks",
-        "                 mend: apt-get install e2fsprogs",
+        "                 mend: apt install e2fsprogs",
         "Missing: mke2fs.",
     ]
     assert "\x1b[31m" in doctor_lines(rows, coloured=True)[1]

@@ -1,13 +1,12 @@
 """The host's end of a build, against a guest that may be hostile.
 
-The guest is a fake that says what each test wants; the real build service is tested against the same frames in tests/integration.
+The guest is a fake that says what each test wants; tests/integration/test_ssh.py holds it against a real sshd.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +21,8 @@ from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, 
 from offloadd.guest.frames import HOST_KINDS, PIECE, Decoder, Frame, encode
 from offloadd.guest.ssh import Guest
 
+from .fake_guest import FakeGuest
+
 CLOCK = 1_577_836_800.0
 
 
@@ -33,49 +34,6 @@ STARTED = event("started", clock=CLOCK + 2, cpu="a cpu", kernel="6.1")
 PASSED = event("exit", status=0, step=2)
 NO_OUTPUTS = event("outputs", missing=[])
 END = encode(b"o") + encode(b"D")
-
-
-class FakeProcess:
-    """As `GuestProcess`.  A script of bytes to send, seconds to wait, and b"" for the end; without one it stays silent."""
-
-    def __init__(self, script: list[bytes | float], errors: bytes, send_error: SshError | None) -> None:
-        self.sent = b""
-        self._script = script
-        self._errors = [errors, b""] if errors else [b""]
-        self._send_error = send_error
-
-    async def send(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        if self._send_error:
-            raise self._send_error
-        self.sent += data
-
-    async def receive(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while self._script and isinstance(self._script[0], float):
-            await trio.sleep(self._script.pop(0))  # type: ignore[arg-type]
-        if not self._script:
-            await trio.sleep_forever()
-        return cast("bytes", self._script.pop(0))
-
-    async def receive_error(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        return self._errors.pop(0)
-
-
-class FakeGuest:
-    def __init__(self, *script: bytes | float, errors: bytes = b"", send_error: SshError | None = None) -> None:
-        self.process = FakeProcess(list(script), errors, send_error)
-        self.command = ""
-        self.closed = False
-
-    @asynccontextmanager
-    async def open_process(self, command: str) -> AsyncIterator[FakeProcess]:
-        self.command = command
-        try:
-            yield self.process
-        finally:
-            self.closed = True
 
 
 class Recorder:

@@ -110,12 +110,12 @@ def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_
         assert process.wait(timeout=60) == 130
 
         def processes() -> str:
-            return world.run("vm", "exec", "shared", "--", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls /var/lib/offload/builds").stdout
+            return world.run("vm", "exec", "shared", "--", "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls /var/lib/offload/builds").stdout
 
         wait_for(lambda: "12345" not in processes(), 30)
         # The machine takes the next build as if nothing had been.
         world.run("build", "--machine", "shared", "-o", tmp_path / "next", world.recipe("next", "steps: ['true']\n"))
-        wait_for(lambda: not world.run("vm", "exec", "shared", "--", "ls /var/lib/offload/builds").stdout.strip(), 30)
+        wait_for(lambda: not world.run("vm", "exec", "shared", "--", "ls", "/var/lib/offload/builds").stdout.strip(), 30)
     finally:
         world.run("vm", "stop", "shared")
 

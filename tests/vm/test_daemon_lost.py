@@ -35,7 +35,7 @@ def test_next_daemon_adopts_a_users_machine(make_world: Callable[[], World]) -> 
         time.sleep(0.2)
     assert shown["state"] == "running"
     assert shown["instance"]["pid"] == pid
-    assert world.run("vm", "exec", "lasting", "--", "date +%Y").stdout == "2020\n"
+    assert world.run("vm", "exec", "lasting", "--", "date", "+%Y").stdout == "2020\n"
     world.run("vm", "stop", "lasting")
     world.assert_nothing_left()
     assert world.json("vm", "show", "lasting")["state"] == "stopped"

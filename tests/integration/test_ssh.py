@@ -1,0 +1,359 @@
+"""The SSH channel, against a real sshd on loopback."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+
+from offloadd.bridge import Bridge, open_bridge
+from offloadd.builder import run
+from offloadd.builder.outputs import open_outputs_receiver
+from offloadd.builder.run import Job, Report
+from offloadd.errors import OffloadError, SshError
+from offloadd.guest import ssh
+from offloadd.guest.frames import encode
+from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.guest.ssh import Guest, open_ssh, ssh_argv
+
+from ..unit.fake_guest import FakeGuest
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
+
+ME = pwd.getpwuid(os.geteuid()).pw_name
+
+
+@dataclass
+class Server:
+    """An sshd that has the secrets of one root, as a guest has."""
+
+    secrets: SecretRoot
+    port: int
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+
+def start_sshd(folder: Path, secrets: SecretRoot, port: int) -> subprocess.Popen[bytes]:
+    assert SSHD is not None
+    etc = secrets.root / "etc/ssh"
+    (folder / "sshd_config").write_text(
+        f"ListenAddress 127.0.0.1:{port}\n"
+        f"HostKey {etc}/ssh_host_ed25519_key\n"
+        f"HostKey {etc}/ssh_host_ecdsa_key\n"
+        f"AuthorizedKeysFile {etc}/authorized_keys.d/offloading\n"
+        "PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+        "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n"
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where Debian's sshd separates privileges
+    log = (folder / "sshd.log").open("ab")
+    with log:
+        return subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log)
+
+
+def free_port() -> int:
+    with socket.socket() as finder:
+        finder.bind(("127.0.0.1", 0))
+        port: int = finder.getsockname()[1]
+        return port
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    pytest.fail("sshd does not listen")
+
+
+def end_children(process: subprocess.Popen[bytes]) -> None:
+    """The connections' own processes, which outlive their sshd."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def my_own_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "ACCOUNT", ME)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))
+    secrets = ensure_secret_root("vm", folder / "secrets")
+    port = free_port()
+    process = start_sshd(folder, secrets, port)
+    try:
+        wait_for(port)
+        yield Server(secrets, port, process, folder)
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def bridge() -> AsyncIterator[Bridge]:
+    async with open_bridge() as opened:
+        yield opened
+
+
+async def test_a_command_and_its_status(server: Server, bridge: Bridge) -> None:
+    async with open_ssh(bridge, server.port, server.secrets) as guest:
+        assert await guest.run("printf 'a\\0b'") == (0, b"a\0b")
+        assert await guest.run("echo out; echo err >&2; exit 3") == (3, b"out\n")
+        assert await guest.run("kill -TERM $$") == (128 + signal.SIGTERM, b"")
+        assert await guest.run("cat") == (0, b"")  # there is nothing on its standard input
+        status, output = await guest.run("head -c 3000000 /dev/zero")
+        assert (status, len(output)) == (0, 1 << 20)
+
+
+async def test_streams_to_a_program_and_back(server: Server, bridge: Bridge) -> None:
+    data = os.urandom(3_000_000)
+    received: list[bytes] = []
+    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("cat; echo done >&2") as process:
+
+        async def send() -> None:
+            for at in range(0, len(data), 100_000):
+                await process.send(data[at : at + 100_000])
+            await process.send_eof()
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                while piece := await process.receive():
+                    assert len(piece) <= ssh.PIECE
+                    received.append(piece)
+            assert await process.receive() == b""
+            assert await process.receive_error() == b"done\n"
+            assert await process.receive_error() == b""
+            assert await process.wait() == 0
+    assert b"".join(received) == data
+
+
+async def test_output_is_there_as_soon_as_it_is_printed(server: Server, bridge: Bridge) -> None:
+    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("echo first; read -r _; echo second") as process:
+        with trio.fail_after(10):
+            assert await process.receive() == b"first\n"
+            await process.send(b"\n")
+            assert await process.receive() == b"second\n"
+
+
+async def test_a_program_sees_the_end_when_its_block_is_left(server: Server, bridge: Bridge, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    async with open_ssh(bridge, server.port, server.secrets) as guest:
+        async with guest.open_process(f"echo started; cat; echo ended > {seen}") as process:
+            assert await process.receive() == b"started\n"
+        with trio.fail_after(10):
+            while not seen.exists():
+                await trio.sleep(0.05)
+
+
+async def test_cancelling_a_read_leaves_the_channel_usable(server: Server, bridge: Bridge) -> None:
+    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("cat") as process:
+        with trio.move_on_after(0.1) as scope:
+            await process.receive()
+        assert scope.cancelled_caught
+        await process.send(b"x")
+        with trio.fail_after(10):
+            assert await process.receive() == b"x"
+
+
+async def test_a_program_that_reads_nothing_slows_the_sender(server: Server, bridge: Bridge) -> None:
+    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("sleep 60") as process:
+        with trio.move_on_after(2) as scope:
+            for _ in range(1000):
+                await process.send(bytes(1 << 20))
+        assert scope.cancelled_caught
+
+
+async def test_writing_to_a_program_that_has_ended(server: Server, bridge: Bridge) -> None:
+    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("exit 7") as process:
+        with trio.fail_after(10):
+            assert await process.receive() == b""
+            assert await process.wait() == 7
+            with pytest.raises(SshError, match="the connection broke"):
+                while True:
+                    await process.send(bytes(1 << 16))
+
+
+async def test_another_host_key_is_told_at_once(server: Server, bridge: Bridge, tmp_path: Path) -> None:
+    other = ensure_secret_root("other", tmp_path / "secrets")
+    with trio.fail_after(10), pytest.raises(SshError, match="a host key that is not ours") as caught:
+        async with open_ssh(bridge, server.port, other):
+            pytest.fail("it was believed")
+    assert caught.value.subject == "other"
+    assert str(server.port) in caught.value.hint
+
+
+async def test_a_key_that_is_refused_is_told_at_once(server: Server, bridge: Bridge, tmp_path: Path) -> None:
+    stranger = ensure_secret_root("vm", tmp_path / "secrets", server.secrets.root)
+    authorized = server.secrets.root / "etc/ssh/authorized_keys.d/offloading"
+    first = authorized.read_text().splitlines()[0]
+    authorized.unlink()
+    authorized.write_text(first + "\n")
+    with trio.fail_after(10), pytest.raises(SshError, match="key refused") as caught:
+        async with open_ssh(bridge, server.port, stranger):
+            pytest.fail("it was let in")
+    assert "authorized_keys.d" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+async def test_a_damaged_client_key(server: Server, bridge: Bridge, tmp_path: Path, content: bytes) -> None:
+    key = tmp_path / "id_ed25519"
+    key.write_bytes(content)
+    secrets = SecretRoot(machine="vm", root=server.secrets.root, client_key=key)
+    with trio.fail_after(10), pytest.raises(SshError, match="is no private key") as caught:
+        async with open_ssh(bridge, server.port, secrets):
+            pytest.fail("it was let in")
+    assert caught.value.subject == str(key)
+
+
+async def test_it_waits_for_an_sshd_that_is_not_there_yet(bridge: Bridge, server: Server) -> None:
+    port = free_port()
+    folder = server.folder / "late"
+    folder.mkdir()
+    late: list[subprocess.Popen[bytes]] = []
+
+    async def start_late() -> None:
+        await trio.sleep(0.5)
+        # First somebody who takes connections and drops them, as QEMU does.
+        with socket.socket() as dropping:
+            dropping.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            dropping.bind(("127.0.0.1", port))
+            dropping.listen()
+            connection, _ = await trio.to_thread.run_sync(dropping.accept)
+            connection.close()
+        late.append(start_sshd(folder, server.secrets, port))
+
+    try:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(start_late)
+                async with open_ssh(bridge, port, server.secrets) as guest:
+                    assert (await guest.run("true"))[0] == 0
+    finally:
+        for process in late:
+            process.terminate()
+            process.wait()
+
+
+async def test_the_callers_limit_ends_the_waiting(bridge: Bridge, server: Server) -> None:
+    with trio.move_on_after(0.5) as scope:
+        async with open_ssh(bridge, free_port(), server.secrets):
+            pytest.fail("nobody is there")
+    assert scope.cancelled_caught
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with trio.move_on_after(0.5) as scope:
+            async with open_ssh(bridge, silent.getsockname()[1], server.secrets):
+                pytest.fail("nobody speaks")
+        assert scope.cancelled_caught
+
+
+async def test_a_connection_that_breaks(bridge: Bridge, server: Server) -> None:
+    folder = server.folder / "breaking"
+    folder.mkdir()
+    port = free_port()
+    process = start_sshd(folder, server.secrets, port)
+    try:
+        async with open_ssh(bridge, port, server.secrets) as guest, guest.open_process("cat") as channel:
+            await channel.send(b"x")
+            assert await channel.receive() == b"x"
+            end_children(process)
+            with trio.fail_after(10):
+                with pytest.raises(SshError, match="the connection broke"):
+                    while await channel.receive():
+                        pass
+                    await channel.send(b"x")
+                with pytest.raises(SshError):
+                    await guest.run("true")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+STARTED = encode(b"E", b'{"event": "started", "clock": 5.0, "cpu": "c"}')
+FAILED = encode(b"E", b'{"event": "exit", "status": 2, "step": 1}')
+
+
+class Quiet:
+    """A listener that only counts."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def started(self, report: Report) -> None: ...
+    def step(self, index: int, count: int, command: str) -> None: ...
+    def collecting(self) -> None: ...
+
+    def log(self, text: str) -> None:
+        self.text += text
+
+
+@pytest.mark.parametrize(
+    ("script", "errors"),
+    [
+        (STARTED + encode(b"L", b"compiling\n") + FAILED + encode(b"D"), b""),
+        (STARTED + encode(b"L", b"half a build"), b"sudo: oh\n"),
+        (b"", b"sudo: a password is required\n"),
+        (b"garbage", b""),
+        (encode(b"E", b'{"event": "error", "what": "no disk"}'), b""),
+    ],
+)
+async def test_the_fake_guest_of_other_tests_is_as_a_real_one(
+    server: Server, bridge: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: bytes, errors: bytes
+) -> None:
+    """`run_build` comes to the same end with `FakeGuest` and with a program behind a real sshd that says the same."""
+    source = tmp_path / "source.tar"
+    source.write_bytes(b"x" * 200_000)
+    (tmp_path / "script").write_bytes(script)
+    (tmp_path / "errors").write_bytes(errors)
+    monkeypatch.setattr(run, "COMMAND", f"cat {tmp_path}/script; cat {tmp_path}/errors >&2")
+    job = Job(
+        build="b", name="r-1", steps=("make",), env={}, outputs=(), source=source, environment="env-b", set_clock=None,
+        expected_clock=lambda: 5.0, timeout_s=60.0, max_silent_s=60.0, keep_failed=False,
+    )  # fmt: skip
+
+    async def result(name: str, guest: object) -> tuple[object, ...]:
+        listener = Quiet()
+        with open_outputs_receiver(tmp_path / name) as outputs, trio.fail_after(20):
+            try:
+                report = await run.run_build(cast(Guest, guest), job, outputs, listener)
+            except OffloadError as exc:
+                return type(exc), exc.what, exc.detail, listener.text
+            return report.exit_status, report.failed_step, listener.text
+
+    async with open_ssh(bridge, server.port, server.secrets) as real:
+        assert await result("fake", FakeGuest(script, b"", errors=errors)) == await result("real", real)
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="openssh-client is not installed")
+def test_the_command_line_for_a_person(server: Server, tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    known.write_text("".join(f"vm {key.read_text()}" for key in server.secrets.host_keys))
+    argv = ssh_argv(server.port, server.secrets, known, ["echo", "hello"])
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
+    known.write_text("")
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 255
