@@ -1,8 +1,8 @@
 """The one bridge to asyncio.
 
 asyncssh and qemu.qmp are asyncio libraries; everything else here is trio.  An event loop runs in a thread of its own, and
-`await bridge.call(function, *args)` runs a coroutine function there.  trio-asyncio would avoid the thread, but does not import on
-Python 3.14.
+`await bridge.call(function, *args)` runs a coroutine function there.  trio-asyncio would avoid the thread, but does not import
+on Python 3.14.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar, TypeVarTuple
 
 import trio
@@ -49,10 +49,8 @@ class Bridge:
         future: Future[T] = self._portal.start_task_soon(run)
 
         def wake(_: Future[T]) -> None:
-            try:
+            with suppress(trio.RunFinishedError):  # the result has nobody left to go to
                 token.run_sync_soon(done.set)
-            except trio.RunFinishedError:  # the result has nobody left to go to
-                pass
 
         future.add_done_callback(wake)
         try:

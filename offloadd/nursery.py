@@ -1,7 +1,7 @@
 """A nursery that raises one error as itself.
 
-trio turns whatever leaves a nursery into a group.  Our supervisors stop at the first error, so a group of one is unwrapped; where
-several of our own errors meet, the first is the one to tell, also when the nursery was being cancelled from outside.
+trio turns whatever leaves a nursery into a group.  Our supervisors stop at the first error, so a group of one is unwrapped;
+where several of our own errors meet, the first is the one to tell, also when the nursery was being cancelled from outside.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ async def open_narrow_nursery() -> AsyncIterator[trio.Nursery]:
         error = narrow(group)
         if error is group:
             raise
-        # Without the group as context: it says nothing that the error does not.
-        error.__suppress_context__ = True
-        raise error
+        # With its own cause, and without the group as context: that says nothing that the error does not.
+        raise error from error.__cause__
 
 
 def narrow(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error of a group, the first of ours where all are ours, else the group itself; a cancellation says less than an error."""
+    """The one error of a group, the first of ours where all are ours, else the group; a cancellation says less than errors."""
     leaves = _leaves(group)
     errors = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)] or leaves[:1]
     if len(errors) == 1 or all(isinstance(error, OffloadError) for error in errors):

@@ -71,12 +71,13 @@ def find_paths() -> Paths:
         # The specification has relative paths ignored.
         return Path(value) if value.startswith("/") else home / default
 
+    state = base("XDG_STATE_HOME", ".local/state") / "offload"
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     return Paths(
         config=base("XDG_CONFIG_HOME", ".config") / "offload",
-        state=base("XDG_STATE_HOME", ".local/state") / "offload",
+        state=state,
         cache=base("XDG_CACHE_HOME", ".cache") / "offload",
-        runtime=Path(runtime) / "offload" if runtime.startswith("/") else base("XDG_STATE_HOME", ".local/state") / "offload/run",
+        runtime=Path(runtime) / "offload" if runtime.startswith("/") else state / "run",
     )
 
 

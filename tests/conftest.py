@@ -25,6 +25,7 @@ class World:
     """The directories of one user, in which `offload` is run.  Only the cache is the real user's: images are expensive."""
 
     root: Path
+    cache: Path
 
     @property
     def state(self) -> Path:
@@ -40,7 +41,7 @@ class World:
             "XDG_STATE_HOME": str(self.root / "state"),
             "XDG_CONFIG_HOME": str(self.root / "config"),
             "XDG_RUNTIME_DIR": str(self.root / "run"),
-            "XDG_CACHE_HOME": str(_cache()),
+            "XDG_CACHE_HOME": str(self.cache),
             "COLUMNS": "120",
         }
 
@@ -109,7 +110,7 @@ class World:
     def _leftovers(self) -> list[Path]:
         return [*self.instances.glob("*"), *self.state.glob("builds/*/source*")]
 
-    def close(self) -> None:
+    def stop_daemon(self) -> None:
         """End everything of this world, whatever a failed test has left."""
         self.run("daemon", "stop", status=None)
         deadline = time.monotonic() + 30
@@ -117,11 +118,10 @@ class World:
             time.sleep(0.1)
         for pid in self.daemons() + self.qemus():
             os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.stop_daemon()
         shutil.rmtree(self.root)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _commands() -> Iterator[tuple[int, str]]:
@@ -141,7 +141,7 @@ def make_world() -> Iterator[Callable[[], World]]:
         # Directly below /tmp: a socket's path holds 107 bytes.
         root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))  # noqa: S108
         (root / "run").mkdir(mode=0o700)
-        worlds.append(World(root))
+        worlds.append(World(root, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")))
         return worlds[-1]
 
     yield make

@@ -1,7 +1,7 @@
 """One build in a guest that we are logged in to.
 
-The guest's build service is started over the channel and spoken to in frames (`offloadd.guest.frames`).  As long as the channel is open
-the build has somebody who wants it; when it closes the service ends everything that the build started.
+The guest's build service is started over the channel and spoken to in frames (`offloadd.guest.frames`).  As long as the channel
+is open the build has somebody who wants it; when it closes the service ends everything that the build started.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ class _Session:
             raise self._broken("the guest ended without its outputs")
         if self.report.missing_outputs and not self.report.exit_status:
             names = ", ".join(self.report.missing_outputs)
-            raise BuildFailedError(f"all steps passed, but no file matches the outputs {names}", hint="`outputs` in offload.yaml")
+            what = f"all steps passed, but no file matches the outputs {names}"
+            raise BuildFailedError(what, hint="`outputs` in offload.yaml")
         self._done = True
 
     def _broken(self, what: str, *, error: type[ProtocolError] | type[SshError] = ProtocolError) -> ProtocolError | SshError:

@@ -1,6 +1,7 @@
 """One YAML file with the line of each of its fields.
 
-PyYAML is used in this file alone.  Its safe constructors make the plain values; the nodes are kept long enough to tell each field's line.
+PyYAML is used in this file alone.  Its safe constructors make the plain values; the nodes are kept long enough to tell each
+field's line.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without the surprises: `no` and `on` stay words, 22:22 is not a number in base 60, a wrong date is ours to report."""
+    """YAML 1.1 without the surprises: `no` and `on` stay words, 22:22 is no number in base 60, wrong dates are ours to report."""
 
 
 _ODD_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
@@ -91,7 +92,8 @@ def parse_document(text: str, file: str) -> Document:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError([Problem(file=file, line=1, field="", message="expected `key: value` lines")])
     if not _finite(node):
-        raise ConfigError([Problem(file=file, line=0, field="", message="nested too deeply or too large with its aliases followed")])
+        message = "nested too deeply or too large with its aliases followed"
+        raise ConfigError([Problem(file=file, line=0, field="", message=message)])
     problems = list(_odd_keys(node, file, ()))
     if problems:
         raise ConfigError(problems)
@@ -99,8 +101,9 @@ def parse_document(text: str, file: str) -> Document:
         values = _construct(text)
     except (yaml.YAMLError, ValueError) as exc:
         mark = getattr(exc, "problem_mark", None)
+        line = mark.line + 1 if mark else 0
         what = getattr(exc, "problem", None) or str(exc)
-        raise ConfigError([Problem(file=file, line=mark.line + 1 if mark else 0, field="", message=f"not valid YAML: {what}")]) from exc
+        raise ConfigError([Problem(file=file, line=line, field="", message=f"not valid YAML: {what}")]) from exc
     return Document(file=file, values=values, lines=dict(_lines(node, ())))
 
 
@@ -135,9 +138,8 @@ def _odd_keys(node: yaml.Node, file: str, path: FieldPath) -> Iterator[Problem]:
                 yield Problem(file=file, line=line, field=field_name(path), message="a key must be a word")
                 continue
             if key.value in seen:
-                yield Problem(
-                    file=file, line=line, field=field_name((*path, key.value)), message=f"stands twice (first on line {seen[key.value]})"
-                )
+                message = f"stands twice (first on line {seen[key.value]})"
+                yield Problem(file=file, line=line, field=field_name((*path, key.value)), message=message)
             seen[key.value] = line
             yield from _odd_keys(value, file, (*path, key.value))
     elif isinstance(node, yaml.SequenceNode):

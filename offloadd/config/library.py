@@ -79,8 +79,8 @@ def _load_folder(folder: Path, kind: type[V], problems: list[Problem]) -> dict[s
             continue
         if value.name in found:
             first = found[value.name][1].name
-            line = document.line(("name",))
-            problems.append(Problem(file=str(path), line=line, field="name", message=f"{value.name!r} is the name of {first} too"))
+            line, message = document.line(("name",)), f"{value.name!r} is the name of {first} too"
+            problems.append(Problem(file=str(path), line=line, field="name", message=message))
         found[value.name] = (value, path, document.line(("image",)))
     return found
 

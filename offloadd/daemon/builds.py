@@ -56,7 +56,7 @@ class Builds:
     def refuse_new(self) -> None:
         """The daemon is about to end."""
         self._closed = True
-        self._draining = trio.CancelScope()
+        self._hurry = trio.Event()
 
     def __len__(self) -> int:
         return len(self._active)
@@ -118,17 +118,23 @@ class Builds:
 
     async def drain(self, limit_s: float) -> None:
         """Let builds that run end within the limit, then cancel them."""
-        self._draining.deadline = trio.current_time() + limit_s
-        with self._draining:
-            for active in list(self._active.values()):
-                await active.ended.wait()
+        with trio.move_on_after(limit_s):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wait_for_hurry, nursery.cancel_scope)
+                for active in list(self._active.values()):
+                    await active.ended.wait()
+                nursery.cancel_scope.cancel()
         async with trio.open_nursery() as nursery:
             for build in list(self._active):
                 nursery.start_soon(self.cancel, build, "the daemon was stopped")
 
     def hurry(self) -> None:
         """Cut `drain` short."""
-        self._draining.cancel()
+        self._hurry.set()
+
+    async def _wait_for_hurry(self, draining: trio.CancelScope) -> None:
+        await self._hurry.wait()
+        draining.cancel()
 
     def events(self, build: str) -> AsyncIterator[bytes]:
         """What happened in the build as JSON lines, to its end."""

@@ -42,18 +42,19 @@ class EventLog:
         if self.closed:
             return
         line = json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n"
+        whole = self._file.tell()
         try:
-            rest = self._unwritten + line
+            rest = line
             while rest:
                 rest = rest[self._file.write(rest) :]
-            self._unwritten = b""
         except OSError:
-            # What was written of this line is a torn one: a newline of its own sets it apart.
-            self._unwritten = b"\n" + (line if event in ("error", "end") else b"")
+            # Nobody has read the torn line: we have not given up control since it was begun.
+            self._file.truncate(whole)
+            self._file.seek(whole)
             if event not in ("error", "end"):
                 raise
-        finally:
-            self._more.unpark_all()
+            self._unwritten += line
+        self._more.unpark_all()
 
     def close(self) -> None:
         self.closed = True

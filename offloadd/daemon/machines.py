@@ -145,7 +145,8 @@ class Machines:
 
     async def _serve(self, running: RunningMachine, *, adopted: bool) -> None:
         """From a running QEMU to its end."""
-        assert running.instance is not None and running.secrets is not None
+        assert running.instance is not None
+        assert running.secrets is not None
         async with AsyncExitStack() as stack:
             opened = open_guest(running.instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
             guest = await stack.enter_async_context(opened)

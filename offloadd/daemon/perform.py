@@ -33,7 +33,6 @@ from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.route import find_route
 from offloadd.vm.instance import Instance, open_instance, while_running
 
-
 PROGRESS_S = 0.2
 
 

@@ -74,7 +74,8 @@ def _ensure_key(path: Path, algorithm: str, comment: str) -> str:
     try:
         return asyncssh.read_public_key(public_path).export_public_key().decode().strip()
     except asyncssh.KeyImportError as exc:
-        raise HostError("is no public key", subject=str(public_path), hint="remove it: it is made again from the private one") from exc
+        hint = "remove it: it is made again from the private one"
+        raise HostError("is no public key", subject=str(public_path), hint=hint) from exc
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
@@ -84,7 +85,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
     with os.fdopen(fd, "wb") as file:
         os.fchmod(fd, mode)
         file.write(content)
-    os.replace(new, path)
+    new.replace(path)
 
 
 def _ensure_line(path: Path, line: str) -> None:

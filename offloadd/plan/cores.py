@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 def choose_cores(host: Iterable[int], taken: Iterable[Sequence[int]], count: int) -> tuple[int, ...]:
     """One host core for each of `count` virtual CPUs.
 
-    Free cores come first, so that machines that run together have disjoint sets while cores last; after that the least used ones are
-    shared evenly.
+    Free cores come first, so that machines that run together have disjoint sets while cores last; after that the least used
+    ones are shared evenly.
 
     Args:
         host: the cores that this process may use.

@@ -1,8 +1,9 @@
 """CPU models by the date of their release.
 
-Sources: for x86 Intel's product database (ark.intel.com, "Launch Date" of the first product of the generation) and AMD's launch
-announcement of the Opteron (2003-04-22); for the others the vendors' announcements of the first core or machine.  The names are QEMU's
-(`-cpu help`).  Guix's table (gnu/services/virtualization.scm) begins with core2duo; builds from before 2006 get the first 64-bit x86.
+Sources: for x86 Intel's product database (ark.intel.com, "Launch Date" of the first product of the generation) and AMD's
+launch announcement of the Opteron (2003-04-22); for the others the vendors' announcements of the first core or machine.  The
+names are QEMU's (`-cpu help`).  Guix's table (gnu/services/virtualization.scm) begins with core2duo; builds from before 2006 get the first
+64-bit x86.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def choose_cpu(moment: datetime, system: str, known: Collection[str]) -> str:
 
 
 def check_cpu(cpu: str, known: Collection[str], qemu: str) -> None:
-    """Raise `NoMachineError` with the nearest names when QEMU does not know the model; `Haswell,-avx2` is a model with flags."""
+    """Raise `NoMachineError` with the nearest names when QEMU does not know the model; in `Haswell,-avx2` that is Haswell."""
     model = cpu.split(",", 1)[0]
     if model not in known:
         raise NoMachineError(f"{qemu} does not know the CPU model {model!r}", hint=nearest(model, known))

@@ -1,7 +1,7 @@
 """The daemon's database.  sqlite3 is used in this file alone.
 
-A state moves inside the transaction that stores it, and only as the tables of `offloadd.model.state` allow.  Calls take well under a
-millisecond (WAL, no fsync for each commit), so they are made from trio tasks directly.
+A state moves inside the transaction that stores it, and only as the tables of `offloadd.model.state` allow.  Calls take well
+under a millisecond (WAL, no fsync for each commit), so they are made from trio tasks directly.
 """
 
 from __future__ import annotations

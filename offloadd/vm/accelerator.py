@@ -1,8 +1,8 @@
 """Which accelerator works here.
 
-A /dev/kvm that exists and opens may still be useless (nested virtualization without hardware help: a guest loops for ever in the host's
-emulation).  So KVM is *probed*: the image's own kernel must print its first console line within a few seconds.  The verdict is kept for
-this boot of the host.
+A /dev/kvm that exists and opens may still be useless (nested virtualization without hardware help: a guest loops for ever in
+the host's emulation).  So KVM is *probed*: the image's own kernel must print its first console line within a few seconds.  The
+verdict is kept for this boot of the host.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import trio
@@ -37,25 +37,35 @@ async def find_accelerator(qemu: Path, kernel: Path, cache: Path, *, device: Pat
         kernel: a Linux kernel to probe with.
         cache: the file in which the verdict is kept.
     """
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    binary = f"{qemu}:{qemu.stat().st_mtime_ns}"
+    asked = _now(qemu)
+    if reason := _unusable(device):
+        # Not kept: a device may appear or change hands at any time, and looking costs nothing.
+        return replace(asked, reason=reason)
     kept = _read(cache)
-    # A device that appears, vanishes or changes hands since is a new situation.
-    usable = os.access(device, os.R_OK | os.W_OK)
-    if kept and kept.boot_id == boot_id and kept.qemu == binary and (usable or kept.accelerator == "tcg"):
+    if kept and (kept.boot_id, kept.qemu) == (asked.boot_id, asked.qemu):
         return kept
-    if not device.exists():
-        accelerator, reason = "tcg", f"there is no {device}"
-    elif not usable:
-        return Verdict(accelerator="tcg", reason=f"{device} may not be opened by this user", boot_id=boot_id, qemu=binary)
-    elif await _boots(qemu, kernel):
-        accelerator, reason = "kvm", "a kernel started under KVM"
+    if await _boots(qemu, kernel):
+        verdict = replace(asked, accelerator="kvm", reason="a kernel started under KVM")
     else:
-        accelerator, reason = "tcg", f"{device} exists, but a kernel under KVM printed nothing within {PROBE_S:.0f} s"
-    verdict = Verdict(accelerator=accelerator, reason=reason, boot_id=boot_id, qemu=binary)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps(asdict(verdict)))
+        reason = f"{device} exists, but a kernel under KVM printed nothing within {PROBE_S:.0f} s"
+        verdict = replace(asked, reason=reason)
+    _write(cache, verdict)
     return verdict
+
+
+def _now(qemu: Path) -> Verdict:
+    """The verdict without KVM, for this boot of the host and this QEMU."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Verdict(accelerator="tcg", reason="", boot_id=boot_id, qemu=f"{qemu}:{qemu.stat().st_mtime_ns}")
+
+
+def _unusable(device: Path) -> str:
+    """Why a probe makes no sense; empty when it does."""
+    if not device.exists():
+        return f"there is no {device}"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"{device} may not be opened by this user"
+    return ""
 
 
 def _read(cache: Path) -> Verdict | None:
@@ -65,8 +75,14 @@ def _read(cache: Path) -> Verdict | None:
         return None
 
 
+def _write(cache: Path, verdict: Verdict) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps(asdict(verdict)))
+
+
 async def _boots(qemu: Path, kernel: Path) -> bool:
-    argv = [str(qemu), "-accel", "kvm", "-machine", "pc", "-m", "256", "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]
+    argv = [str(qemu), "-accel", "kvm", "-machine", "pc", "-m", "256", "-no-user-config", "-nodefaults", "-no-reboot"]
+    argv += ["-display", "none"]
     argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     argv += ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1"]
     said = b""

@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 import trio
 
@@ -31,7 +30,7 @@ from offloadd.vm.outcome import Outcome, judge
 from offloadd.vm.ports import check_ports_free, parse_usernet
 from offloadd.vm.process import QemuProcess, find_process, start_process
 from offloadd.vm.qmp import Qmp, open_qmp
-from offloadd.vm.record import InstanceRecord, read_record, read_records, write_record
+from offloadd.vm.record import InstanceRecord, Purpose, read_record, read_records, write_record
 
 POLITE_S = 30.0
 """For the guest to power off; under TCG with its processors shared it takes a few seconds."""
@@ -52,6 +51,7 @@ class Instance:
         self._process = process
         self._qmp = qmp
         self._asked = False
+        self._fault = ""
         self._ended = trio.Event()
 
     @property
@@ -85,10 +85,8 @@ class Instance:
 
     async def _ends_after(self, command: str, limit_s: float) -> bool:
         with trio.move_on_after(limit_s):
-            try:
+            with suppress(MachineLostError):  # it may end before it answers
                 await self._qmp.execute(command)
-            except MachineLostError:
-                pass  # it may end before it answers
             await self._ended.wait()
         return self._ended.is_set()
 
@@ -107,6 +105,12 @@ class Instance:
     def console_tail(self) -> str:
         return console_tail(self.files.console_log)
 
+    async def _end_when_disk_full(self) -> None:
+        """QEMU pauses a guest that it cannot write for; nobody would ever know why it is silent."""
+        await self._qmp.wait_disk_full()
+        self._fault = "the host's disk is full: what the guest wrote has no room"
+        self._process.kill()
+
     async def _watch(self, scope: trio.CancelScope) -> None:
         with scope:
             status = await self._process.wait_ended()
@@ -115,6 +119,7 @@ class Instance:
             self.outcome = judge(
                 events,
                 asked=self._asked,
+                fault=self._fault,
                 exit_status=status,
                 stderr=_stderr(self.files.qemu_log),
                 console=console_tail(self.files.console_log),
@@ -136,7 +141,7 @@ async def open_instance(
     logs: Path,
     bridge: Bridge,
     cores: Sequence[int],
-    purpose: Literal["machine", "build"],
+    purpose: Purpose,
 ) -> AsyncIterator[Instance]:
     """Start QEMU for `plan` and end it with the block.
 
@@ -198,6 +203,7 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
     watching = trio.CancelScope(shield=True)
     async with open_narrow_nursery() as nursery:
         nursery.start_soon(instance._watch, watching)
+        nursery.start_soon(instance._end_when_disk_full)
         try:
             yield instance
         finally:
@@ -205,6 +211,7 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
                 await instance._end()
             finally:
                 watching.cancel()
+                nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -276,7 +283,7 @@ async def _first_contact(plan: VmPlan, files: InstanceFiles, process: QemuProces
 
 
 async def _settle(
-    plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Literal["machine", "build"]
+    plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Purpose
 ) -> InstanceRecord:
     """Pin the paused VM's threads and note what QEMU has made of the plan."""
     # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.

@@ -1,6 +1,6 @@
 """How an instance ended: whose doing was it?
 
-Ganeti's lesson: QEMU's event POWERDOWN and then SHUTDOWN: we did; SHUTDOWN alone: a user inside the guest; no SHUTDOWN: a crash.
+Ganeti's lesson: QEMU's event POWERDOWN and then SHUTDOWN: we did; SHUTDOWN alone: a user inside the guest; neither: a crash.
 The reasons are those of QEMU's `ShutdownCause` (qapi/run-state.json).
 """
 
@@ -34,17 +34,20 @@ class Outcome:
 
 
 def judge(
-    events: Sequence[Mapping[str, Any]], *, asked: bool, exit_status: int | None, stderr: str, console: str
+    events: Sequence[Mapping[str, Any]], *, asked: bool, exit_status: int | None, stderr: str, console: str, fault: str = ""
 ) -> Outcome:
     """Tell how an instance ended.
 
     Args:
         events: QEMU's SHUTDOWN, POWERDOWN and GUEST_PANICKED events.
         asked: we told it to stop.
+        fault: why we had to kill it.
     """
     names = [event["event"] for event in events]
     causes = [str(event.get("data", {}).get("reason", "")) for event in events if event["event"] == "SHUTDOWN"]
-    if "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and "Kernel panic - not syncing" in console):
+    if fault:
+        state, reason = MachineState.CRASHED, fault
+    elif "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and "Kernel panic - not syncing" in console):
         state, reason = MachineState.CRASHED, "the guest's kernel panicked"
     elif asked:
         state, reason = MachineState.STOPPED, "stopped by us"

@@ -1,7 +1,7 @@
 """The process of one QEMU, ours or found again.
 
-QEMU outlives the daemon on purpose, so both ways lead to the same handle: a pidfd, which says when the process has ended and cannot be
-mistaken for another process that got the same number.
+QEMU outlives the daemon on purpose, so both ways lead to the same handle: a pidfd, which says when the process has ended and
+cannot be mistaken for another process that got the same number.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -46,13 +47,11 @@ class QemuProcess:
         return self._popen.wait() if self._popen else None
 
     def kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):  # it has just ended, which is what we want
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended, which is what we want
 
     async def end(self, limit_s: float) -> None:
-        """Kill it if it still runs, wait until it is gone (at most `limit_s`), and close the handle; nothing interrupts this."""
+        """Kill it if it still runs, wait until it is gone (at most `limit_s`), and close the handle; nothing interrupts."""
         self.kill()
         with trio.move_on_after(limit_s, shield=True):
             await self.wait_ended()

@@ -38,13 +38,17 @@ async def find_qemu(name: str) -> QemuBinary:
     found = shutil.which(name)
     if found is None:
         raise HostError(f"{name} is not installed", hint=f"apt-get install {_package(name)}")
-    path = Path(found).resolve()
-    key = (path, path.stat().st_mtime_ns)
+    path, _ = key = _identity(found)
     if key not in _seen:
         version = re.search(r"version (\S+)", await _ask(path, "--version"))
         models = parse_cpu_help(await _ask(path, "-cpu", "help"))
         _seen[key] = QemuBinary(path=path, version=version[1] if version else "unknown", cpu_models=models)
     return _seen[key]
+
+
+def _identity(found: str) -> tuple[Path, int]:
+    path = Path(found).resolve()
+    return path, path.stat().st_mtime_ns
 
 
 def _package(binary: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ class Qmp:
         """The events of `_KEPT_EVENTS` that came since the last call, oldest first."""
         return await self._bridge.run_sync(self._client.events.clear)
 
+    async def wait_disk_full(self) -> None:
+        """Wait until QEMU has paused the guest because the host has no room for what it writes."""
+
+        async def wait() -> None:
+            with self._client.listener("BLOCK_IO_ERROR") as errors:
+                async for event in errors:
+                    data = event["data"]
+                    if isinstance(data, dict) and data.get("nospace"):
+                        return
+
+        await self._bridge.call(wait)
 
     async def unplug(self, device: str) -> None:
         """Take a device away and wait until the guest has let go of it.
@@ -92,7 +103,5 @@ async def open_qmp(bridge: Bridge, socket: Path, instance: str) -> AsyncIterator
         yield Qmp(bridge, client, instance)
     finally:
         with trio.move_on_after(5, shield=True):
-            try:
+            with suppress(QMPError, OSError, EOFError):  # QEMU was there first
                 await bridge.call(client.disconnect)
-            except (QMPError, OSError, EOFError):
-                pass  # QEMU was there first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,8 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from offloadd.plan.machine import VmPlan
+
+Purpose = Literal["machine", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class InstanceRecord:
     """The host core of each virtual CPU."""
     missing_features: tuple[str, ...]
     """CPU features of the model that the accelerator does not give."""
-    purpose: Literal["machine", "build"]
+    purpose: Purpose
     """Started for its user, or for one build and thrown away after it."""
     began: float
     """Unix time at which the guest was let go."""
@@ -38,7 +39,7 @@ def write_record(path: Path, record: InstanceRecord) -> None:
     """Written aside and moved into place: a reader never sees half of it."""
     new = path.with_suffix(".new")
     new.write_bytes(_adapter.dump_json(record))
-    os.replace(new, path)
+    new.replace(path)
 
 
 def read_record(path: Path) -> InstanceRecord | None:

@@ -95,8 +95,15 @@ async def test_the_verdict_is_kept_for_this_boot_and_this_qemu(host: Host) -> No
     assert host.probes == 4
 
 
-async def test_a_device_that_vanishes_is_noticed(host: Host) -> None:
+async def test_a_device_that_vanishes_or_appears_is_noticed(host: Host) -> None:
     host.says("echo Linux version")
     assert (await host.find()).accelerator == "kvm"
     host.device.unlink()
     assert (await host.find()).accelerator == "tcg"
+    host.device.touch()
+    assert (await host.find()).accelerator == "kvm"
+    host.cache.unlink()
+    host.device.unlink()
+    assert (await host.find()).accelerator == "tcg"
+    host.device.touch()
+    assert (await host.find()).accelerator == "kvm"

@@ -215,7 +215,7 @@ RECIPE = {"name": "r", "steps": ["true"]}
 
 def test_wrong_requests(daemon: Daemon) -> None:
     with daemon.start(), raw(daemon) as http:
-        for body in (
+        bodies: tuple[Any, ...] = (
             {},
             {"recipe": {}},
             {"recipe": RECIPE, "surprise": 1},
@@ -229,7 +229,8 @@ def test_wrong_requests(daemon: Daemon) -> None:
             [],
             "text",
             None,
-        ):
+        )
+        for body in bodies:
             answer = http.post("/v1/builds", json=body)
             assert answer.status_code == 400, body
             assert answer.json()["error"] == "UsageError"
@@ -237,7 +238,11 @@ def test_wrong_requests(daemon: Daemon) -> None:
         assert http.post("/v1/builds", content=b"{not json").status_code == 400
         assert http.get("/v1/builds?limit=no").status_code == 400
         assert http.get("/v1/builds?limit=-5").status_code == 400
-        for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/builds", 405), ("GET", "/v1/../etc/passwd", 404)):
+        for method, path, status in (
+            ("GET", "/nothing", 404),
+            ("DELETE", "/v1/builds", 405),
+            ("GET", "/v1/../etc/passwd", 404),
+        ):
             answer = http.request(method, path)
             assert answer.status_code == status
             assert answer.json()["error"] == "UsageError"
@@ -392,7 +397,14 @@ def left_over(daemon: Daemon, name: str, purpose: Any, started: int = 1) -> Path
     directory.mkdir(parents=True)
     (directory / "console.log").write_text("last words\n")
     record = InstanceRecord(
-        plan=plan(name), pid=2**22 - 1, started=started, ports={22: 1, 1004: 2}, cores=(0,), missing_features=(), purpose=purpose, began=1.0
+        plan=plan(name),
+        pid=2**22 - 1,
+        started=started,
+        ports={22: 1, 1004: 2},
+        cores=(0,),
+        missing_features=(),
+        purpose=purpose,
+        began=1.0,
     )
     write_record(directory / "instance.json", record)
     return directory
@@ -472,7 +484,6 @@ def test_an_answer_that_is_no_json_is_an_error_of_ours(daemon: Daemon) -> None:
         listener.listen()
         listener.settimeout(10)
         with Client(daemon.paths) as client:
-            import threading
 
             def answer() -> None:
                 connection, _ = listener.accept()

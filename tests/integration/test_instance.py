@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from pydantic import TypeAdapter
 
 from offloadd.bridge import Bridge, open_bridge
 from offloadd.errors import BootError, HostError, MachineLostError, PortTakenError, SshError
@@ -73,9 +74,7 @@ class Bench:
     def plan(self, code: bytes = HALT, name: str = "m") -> VmPlan:
         path = self.root / f"{name}-vmlinuz"
         path.write_bytes(kernel(code))
-        boot = BootFiles(
-            image="i", digest="d", kernel=path, initramfs=self.root / "initramfs", disk=self.root / "root.ext4"
-        )
+        boot = BootFiles(image="i", digest="d", kernel=path, initramfs=self.root / "initramfs", disk=self.root / "root.ext4")
         return VmPlan(
             machine=name,
             instance=name,
@@ -93,9 +92,7 @@ class Bench:
         )
 
     def open(self, plan: VmPlan, cores: tuple[int, ...] = (0, 0)) -> AbstractAsyncContextManager[Instance]:
-        return open_instance(
-            plan, instances=self.instances, logs=self.logs, bridge=self.bridge, cores=cores, purpose="machine"
-        )
+        return open_instance(plan, instances=self.instances, logs=self.logs, bridge=self.bridge, cores=cores, purpose="machine")
 
     def adopt(self, name: str = "m") -> AbstractAsyncContextManager[Instance | None]:
         return adopt_instance(self.instances / name, logs=self.logs, bridge=self.bridge)
@@ -110,7 +107,7 @@ class Bench:
             except OSError:
                 continue
             zombie = parent == os.getpid() and path.read_text().split()[1].startswith("(qemu-system")
-            if zombie or str(self.root).encode() in command and b"qemu-system" in command.split(b"\0")[0]:
+            if zombie or (str(self.root).encode() in command and b"qemu-system" in command.split(b"\0")[0]):
                 found.append(int(path.parent.name))
         return found
 
@@ -213,7 +210,7 @@ async def test_what_a_running_instance_looks_like(bench: Bench) -> None:
 
 def listens(pid: int) -> set[str]:
     """The local addresses on which a process listens (proc(5), /proc/net/tcp)."""
-    sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    sockets = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
     found = set()
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
@@ -407,7 +404,6 @@ FORGETFUL = """
 import sys, trio
 from offloadd.bridge import open_bridge
 from offloadd.vm.instance import open_instance
-from offloadd.vm.record import read_record
 from pathlib import Path
 from pydantic import TypeAdapter
 from offloadd.plan.machine import VmPlan
@@ -416,8 +412,8 @@ async def main():
     plan = TypeAdapter(VmPlan).validate_json(sys.argv[2])
     root = Path(sys.argv[1])
     async with open_bridge() as bridge:
-        opened = open_instance(plan, instances=root / "instances", logs=root / "logs", bridge=bridge, cores=(0, 0), purpose="machine")
-        async with opened:
+        folders = {"instances": root / "instances", "logs": root / "logs"}
+        async with open_instance(plan, **folders, bridge=bridge, cores=(0, 0), purpose="machine"):
             print("running", flush=True)
             await trio.sleep_forever()
 
@@ -427,8 +423,6 @@ trio.run(main)
 
 def leave(bench: Bench, plan: VmPlan) -> None:
     """Start an instance in a process that is then killed, as a daemon may be."""
-    from pydantic import TypeAdapter
-
     plan_text = TypeAdapter(VmPlan).dump_json(plan).decode()
     with subprocess.Popen([sys.executable, "-c", FORGETFUL, bench.root, plan_text], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None

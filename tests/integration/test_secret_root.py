@@ -15,7 +15,9 @@ from offloadd.guest.secret_service import read_secret_root
 
 
 def keygen(*arguments: str | Path) -> str:
-    return subprocess.run(["ssh-keygen", *arguments], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+    return subprocess.run(
+        ["ssh-keygen", *arguments], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    ).stdout
 
 
 def mode(path: Path) -> int:

@@ -150,7 +150,10 @@ async def test_streams_to_a_program_and_back(server: Server, bridge: Bridge) -> 
 
 
 async def test_output_is_there_as_soon_as_it_is_printed(server: Server, bridge: Bridge) -> None:
-    async with open_ssh(bridge, server.port, server.secrets) as guest, guest.open_process("echo first; read -r _; echo second") as process:
+    async with (
+        open_ssh(bridge, server.port, server.secrets) as guest,
+        guest.open_process("echo first; read -r _; echo second") as process,
+    ):
         with trio.fail_after(10):
             assert await process.receive() == b"first\n"
             await process.send(b"\n")

@@ -11,8 +11,8 @@ from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, plan_vm
 
 X86_MODELS = frozenset(
     {
-        "486", "qemu64", "max", "Opteron_G1", "core2duo", "Nehalem", "Westmere", "SandyBridge", "IvyBridge", "Haswell", "Broadwell",
-        "Skylake-Client", "Skylake-Server", "Cascadelake-Server", "Cooperlake", "Icelake-Server", "SapphireRapids",
+        "486", "qemu64", "max", "Opteron_G1", "core2duo", "Nehalem", "Westmere", "SandyBridge", "IvyBridge", "Haswell",
+        "Broadwell", "Skylake-Client", "Skylake-Server", "Cascadelake-Server", "Cooperlake", "Icelake-Server", "SapphireRapids",
     }
 )  # fmt: skip
 """Of QEMU 7.2, those that matter and SapphireRapids of a later one."""
@@ -24,7 +24,13 @@ BOOT = BootFiles(
 
 def facts(**changes: Any) -> QemuFacts:
     return QemuFacts(
-        **{"binary": "/usr/bin/qemu-system-x86_64", "version": "7.2.22", "cpu_models": X86_MODELS, "accelerator": "tcg", **changes}
+        **{
+            "binary": "/usr/bin/qemu-system-x86_64",
+            "version": "7.2.22",
+            "cpu_models": X86_MODELS,
+            "accelerator": "tcg",
+            **changes,
+        }
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,22 +238,23 @@ def test_a_few_aliases_cannot_stand_for_billions_of_nodes() -> None:
 
 @given(st.text(max_size=200))
 def test_any_text_is_a_document_or_a_config_error(text: str) -> None:
-    try:
+    with suppress(ConfigError):
         parse_value(text, "f.yaml", Machine)
-    except ConfigError as exc:
-        assert exc.problems
 
 
-@given(st.dictionaries(st.sampled_from([field.alias or "" for field in Machine.model_fields.values()]), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
-    max_leaves=5,
-)))
+@given(
+    st.dictionaries(
+        st.sampled_from([field.alias or "" for field in Machine.model_fields.values()]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+            max_leaves=5,
+        ),
+    )
+)
 def test_any_values_are_a_machine_or_a_config_error(values: dict[str, object]) -> None:
-    try:
+    with suppress(ConfigError):
         check_document(Document(file="f.yaml", values=values, lines={}), Machine)
-    except ConfigError as exc:
-        assert exc.problems
 
 
 def test_the_line_of_a_field_is_that_of_the_nearest_around_it() -> None:

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offloadd.plan.cores import choose_cores
-from offloadd.vm import pinning
 from offloadd.vm.pinning import Cores
 
 hosts = st.sets(st.integers(0, 63), min_size=1, max_size=16)
@@ -53,7 +52,7 @@ def test_known_cases() -> None:
 
 
 def test_cores_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinning.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("offloadd.vm.pinning.os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     cores = Cores()
     with cores.share(2) as first, cores.hold((2,)):
         assert first == (0, 1)

@@ -30,7 +30,13 @@ def database(path: Path) -> Iterator[Database]:
 def test_a_build_from_its_request_to_its_end(database: Database, path: Path) -> None:
     database.add_build("b1", "hello", "2.10", {"recipe": {"name": "hello"}})
     row = database.build("b1")
-    assert (row.state, row.machine, row.request, row.result, row.ended) == (B.CREATED, "", {"recipe": {"name": "hello"}}, {}, None)
+    assert (row.state, row.machine, row.request, row.result, row.ended) == (
+        B.CREATED,
+        "",
+        {"recipe": {"name": "hello"}},
+        {},
+        None,
+    )
     for state in GOOD_END[:-1]:
         database.move_build("b1", state, machine="m")
         assert database.build("b1").ended is None

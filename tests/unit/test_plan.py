@@ -41,7 +41,9 @@ def test_the_newest_model_released_before_a_date(date: str, model: str) -> None:
 
 
 def test_a_model_that_this_qemu_does_not_know_is_passed_over() -> None:
-    assert choose_cpu(day("2020-01-01"), "x86_64-linux", X86_MODELS - {"Cascadelake-Server", "Skylake-Server"}) == "Skylake-Client"
+    assert (
+        choose_cpu(day("2020-01-01"), "x86_64-linux", X86_MODELS - {"Cascadelake-Server", "Skylake-Server"}) == "Skylake-Client"
+    )
     assert choose_cpu(day("2004-01-01"), "x86_64-linux", X86_MODELS - {"Opteron_G1"}) == "core2duo"
     with pytest.raises(NoMachineError, match="knows no CPU model"):
         choose_cpu(day("2020-01-01"), "x86_64-linux", {"486"})
@@ -70,7 +72,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_names() -> None:
 
 
 def test_the_plan_of_a_machine() -> None:
-    made = plan("vm", date="2012-01-01", **{"memory-size": 512, "cpu-count": 2})
+    made = plan("vm", date="2012-01-01", memory_size=512, cpu_count=2)
     assert (made.machine, made.instance, made.system) == ("vm", "vm", "x86_64-linux")
     assert (made.cpu, made.cpu_count, made.memory_mib) == ("SandyBridge", 2, 512)
     assert made.forwards == ((11022, 22), (11044, 1004))
@@ -140,7 +142,9 @@ def test_what_the_kernel_must_be_told() -> None:
 
 
 def test_what_changes_an_option() -> None:
-    argv = qemu_argv(plan(network=True, options=["-snapshot"], date="1999-12-31T23:59:58Z", qemu=facts(accelerator="kvm")), FILES, 7)
+    argv = qemu_argv(
+        plan(network=True, options=["-snapshot"], date="1999-12-31T23:59:58Z", qemu=facts(accelerator="kvm")), FILES, 7
+    )
     assert options(argv, "-accel") == ["kvm"]
     assert options(argv, "-rtc") == ["base=1999-12-31T23:59:58,clock=vm"]
     assert "restrict" not in options(argv, "-netdev")[0]

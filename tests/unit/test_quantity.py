@@ -48,7 +48,23 @@ def test_now() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "yesterday", "2020-02-30", "01/02/2020", "@", "@x", "@1e9", "@" + "9" * 30, "2020", 2020, 1.5, None, True, b"2020-01-01"]
+    "text",
+    [
+        "",
+        "yesterday",
+        "2020-02-30",
+        "01/02/2020",
+        "@",
+        "@x",
+        "@1e9",
+        "@" + "9" * 30,
+        "2020",
+        2020,
+        1.5,
+        None,
+        True,
+        b"2020-01-01",
+    ],
 )
 def test_what_is_no_date(text: object) -> None:
     with pytest.raises(ValueError, match="is not a date: write 2020-01-01"):
@@ -81,27 +97,41 @@ def test_the_last_moment_of_each_clock(system: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), (90, 90), (1.5, 1.5), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("500ms", 0.5), ("1 d", 86400), ("1w", 604800)],
+    [
+        ("90", 90),
+        (90, 90),
+        (1.5, 1.5),
+        ("10m", 600),
+        ("2h", 7200),
+        ("1h30m", 5400),
+        ("500ms", 0.5),
+        ("1 d", 86400),
+        ("1w", 604800),
+    ],
 )
 def test_durations(text: str | float, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", 0, -1, "-5m", "10 minutes", "m", "1h-5m", "inf", "nan", "1e5", True, False, "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["", "0", 0, -1, "-5m", "10 minutes", "m", "1h-5m", "inf", "nan", "1e5", True, False, "9" * 400]
+)
 def test_what_is_no_duration(text: str | float) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration(text)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.44, "0.4s"), (9.99, "10.0s"), (42.4, "42s"), (59.6, "1m00s"), (185, "3m05s"), (7200, "2h00m"), (90061, "25h01m")]
+    ("seconds", "text"),
+    [(0.44, "0.4s"), (9.99, "10.0s"), (42.4, "42s"), (59.6, "1m00s"), (185, "3m05s"), (7200, "2h00m"), (90061, "25h01m")],
 )
 def test_durations_as_text(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("0", 0), (512, 512), ("4G", 4 << 30), ("4g", 4 << 30), ("512MiB", 512 << 20), ("1 KB", 1024), ("2TiB", 2 << 40)]
+    ("text", "size"),
+    [("0", 0), (512, 512), ("4G", 4 << 30), ("4g", 4 << 30), ("512MiB", 512 << 20), ("1 KB", 1024), ("2TiB", 2 << 40)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size

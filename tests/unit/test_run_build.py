@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from offloadd.builder import run
-from offloadd.builder.outputs import OutputsReceiver, open_outputs_receiver
+from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.run import Job, Report, run_build
 from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, UsageError
 from offloadd.guest.frames import HOST_KINDS, PIECE, Decoder, Frame, encode
@@ -85,7 +85,7 @@ class Case:
         self.outputs.unlink(missing_ok=True)
         with open_outputs_receiver(self.outputs) as outputs:
             try:
-                return await run_build(cast(Guest, guest), self.job(**changes), cast(OutputsReceiver, outputs), self.recorder)
+                return await run_build(cast(Guest, guest), self.job(**changes), outputs, self.recorder)
             finally:
                 assert guest.closed
 
@@ -102,7 +102,9 @@ def case(tmp_path: Path) -> Case:
 
 def good(*, cut: Callable[[bytes], list[bytes | float]] = lambda data: [data]) -> list[bytes | float]:
     data = STARTED + event("step", index=1, count=2, command="x") + encode(b"L", b"caf\xc3") + encode(b"L", b"\xa9\n")
-    data += event("step", index=2, count=2, command="y") + PASSED + encode(b"O", b"tar") + encode(b"O", b"ball") + NO_OUTPUTS + END
+    data += (
+        event("step", index=2, count=2, command="y") + PASSED + encode(b"O", b"tar") + encode(b"O", b"ball") + NO_OUTPUTS + END
+    )
     return cut(data)
 
 
@@ -146,7 +148,9 @@ async def test_the_build_directory_of_a_build_that_failed(case: Case) -> None:
     report = await case.run(FakeGuest(script), keep_failed=True)
     assert report.exit_status == 2
     assert case.outputs.read_bytes() == b"all"
-    await case.fail(ProtocolError, "without its outputs", STARTED + event("exit", status=2, step=1) + encode(b"D"), keep_failed=True)
+    await case.fail(
+        ProtocolError, "without its outputs", STARTED + event("exit", status=2, step=1) + encode(b"D"), keep_failed=True
+    )
 
 
 async def test_outputs_that_are_missing(case: Case) -> None:
@@ -208,7 +212,9 @@ async def test_a_guest_that_does_not_keep_to_the_protocol(case: Case, script: by
     ["CLOCK", CLOCK + 10.1, CLOCK - 10.1, 0, -1e300, 10**400, float("nan"), float("inf"), None, [], {"a": 1}, "x" * 1000],
 )
 async def test_a_wrong_clock_ends_the_build_before_it_starts(case: Case, clock: object) -> None:
-    error = await case.fail(ProtocolError, "the guest's clock shows .*, not 2020-01-01T00:00:00Z", event("started", clock=clock))
+    error = await case.fail(
+        ProtocolError, "the guest's clock shows .*, not 2020-01-01T00:00:00Z", event("started", clock=clock)
+    )
     assert case.recorder.said == []
     assert len(error.what) < 300
 
@@ -223,7 +229,9 @@ async def test_the_service_tells_what_is_wrong(case: Case) -> None:
     assert "\x1b" not in error.what
 
 
-async def test_a_service_that_ends_early_is_told_with_its_last_words(case: Case, autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_service_that_ends_early_is_told_with_its_last_words(
+    case: Case, autojump_clock: trio.testing.MockClock
+) -> None:
     with pytest.raises(SshError, match="ended early") as caught:
         await case.run(FakeGuest(b"", errors=b"sudo: a \x1b[2Jpassword is required\n"))
     assert caught.value.detail == "sudo: a password is required\n"
@@ -246,7 +254,7 @@ async def test_a_guest_that_does_not_begin(case: Case, autojump_clock: trio.test
 async def test_a_build_that_is_silent_for_too_long(case: Case, autojump_clock: trio.testing.MockClock) -> None:
     began = trio.current_time()
     # What it prints, and nothing else, starts the time anew.
-    script = [STARTED, 90.0, encode(b"L", b"."), 90.0, encode(b"L", b"."), 99.0, event("step", index=1)]
+    script: list[bytes | float] = [STARTED, 90.0, encode(b"L", b"."), 90.0, encode(b"L", b"."), 99.0, event("step", index=1)]
     error = await case.fail(BuildTimeoutError, "no output for 1m40s", *script)
     assert (error.exit_status, error.hint) == (124, "--max-silent-time")
     assert trio.current_time() - began == pytest.approx(90 + 90 + 100)
@@ -274,7 +282,10 @@ async def test_a_log_without_end(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_outputs_without_end(case: Case) -> None:
-    with open_outputs_receiver(case.outputs, max_bytes=1000) as outputs, pytest.raises(ProtocolError, match="larger than 1000 bytes"):
+    with (
+        open_outputs_receiver(case.outputs, max_bytes=1000) as outputs,
+        pytest.raises(ProtocolError, match="larger than 1000 bytes"),
+    ):
         guest = FakeGuest(STARTED + PASSED + encode(b"O", b"x" * 1001))
         await run_build(cast(Guest, guest), case.job(), outputs, case.recorder)
 

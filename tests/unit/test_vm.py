@@ -38,7 +38,9 @@ def test_what_a_terminal_may_see_of_a_console(dirty: str, shown: str) -> None:
 
 @given(st.text())
 def test_no_control_character_is_left(text: str) -> None:
-    assert not [character for character in clean(text) if character not in "\n\t" and (character < " " or "\x7f" <= character < "\xa0")]
+    assert not [
+        character for character in clean(text) if character not in "\n\t" and (character < " " or "\x7f" <= character < "\xa0")
+    ]
 
 
 def test_the_last_lines_of_a_console(tmp_path: Path) -> None:
