@@ -34,12 +34,11 @@ def measure_image(place: Workplace, budget: Budget, tell: Progress) -> list[Row]
             extra = {"INITRD": "No"} if name == "lean" else {}
             (lean if extra else bare).seconds.append(time_program(argv, env=os.environ | extra, limit_s=LIMIT_S))
             tar.unlink()
-    compares = "`offload image build --rebuild` : the bare `mmdebstrap` call with the same packages and mirror, to a tar"
+    call = "the bare `mmdebstrap` call with the same packages and mirror, to a tar"
+    build = f"`offload image build --rebuild` : {call}"
     return [
-        Row(name="image build", compares=compares, ours=ours, base=bare, target=1.3),
-        Row(
-            name="image build, less", compares="the same : that call without Debian's initramfs, as ours", ours=ours, base=lean
-        ),
+        Row(name="image build", compares=build, ours=ours, base=bare, target=1.3),
+        Row(name="image build, less", compares=f"{build}, told to make no initramfs", ours=ours, base=lean),
     ]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +137,8 @@ class Client:
         return build
 
     def cancel_build(self, build: str) -> None:
-        try:
+        with suppress(OffloadError):  # it has ended, or the daemon has: there is nothing left to cancel
             self.post(f"/v1/builds/{build}/cancel")
-        except OffloadError:
-            pass  # it has ended, or the daemon has: there is nothing left to cancel
 
     def fetch_outputs(self, build: str, target: Path) -> bool:
         """Write the outputs, a tar, to `target`; False when the build has none."""
@@ -170,5 +169,3 @@ def _end_of(log: Path, begin: int) -> str:
     with log.open("rb") as file:
         file.seek(max(begin, os.fstat(file.fileno()).st_size - 4000))
         return file.read().decode(errors="replace")
-
-

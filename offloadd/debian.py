@@ -172,7 +172,7 @@ async def bootstrap(
     # The host's proxies are nobody's business inside.
     tidy = 'rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"'
     root = os.geteuid() == 0
-    # As root its mounts would be the whole host's: whatever looks around there keeps them busy, and they outlive a killed daemon.
+    # As root its mounts would be the whole host's: whoever looks around there keeps them busy; they outlive a killed daemon.
     argv = ["unshare", "--mount", "--propagation=private"] if root else []
     argv += ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
     argv += [f"--mode={'root' if root else 'unshare'}", f"--architectures={architecture}"]

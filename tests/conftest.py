@@ -139,7 +139,7 @@ def make_world() -> Iterator[Callable[[], World]]:
 
     def make() -> World:
         # Directly below /tmp: a socket's path holds 107 bytes.
-        root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))  # noqa: S108
+        root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))
         (root / "run").mkdir(mode=0o700)
         worlds.append(World(root, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")))
         return worlds[-1]

@@ -1,4 +1,4 @@
-"""The source of a build as the guest gets it: what the user sent, with the fetched sources beside it, nothing newer than its clock."""
+"""The source of a build as the guest gets it: what the user sent, fetched sources beside it, nothing newer than its clock."""
 
 from __future__ import annotations
 

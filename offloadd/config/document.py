@@ -43,7 +43,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without the surprises: `no` and `on` stay words, 22:22 is no number in base 60, wrong dates are ours to report."""
+    """YAML 1.1 without the surprises: `no` and `on` stay words, 22:22 is no number, wrong dates are ours to report."""
 
 
 _ODD_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}

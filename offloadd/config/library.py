@@ -83,5 +83,3 @@ def _load_folder(folder: Path, kind: type[V], problems: list[Problem]) -> dict[s
             problems.append(Problem(file=str(path), line=line, field="name", message=message))
         found[value.name] = (value, path, document.line(("image",)))
     return found
-
-

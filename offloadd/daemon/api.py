@@ -1,4 +1,6 @@
-"""The HTTP API.  What takes long answers with JSON lines: {"event": "phase", ...}*, then {"event": "done", ...} or {"event": "error", ...}.
+"""The HTTP API.
+
+What takes long answers with JSON lines: {"event": "phase", ...}*, then {"event": "done", ...} or {"event": "error", ...}.
 
 FastAPI is used in this folder alone; its description of the API is at /openapi.json.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import trio
@@ -192,10 +195,8 @@ def _stream(service: Service, work: Work) -> StreamingResponse:
     scope = trio.CancelScope()
 
     def progress(text: str, fraction: float | None) -> None:
-        try:
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):  # a reader that is slow misses progress, nothing else
             send.send_nowait({"event": "phase", "text": text, "fraction": fraction})
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            pass  # a reader that is slow misses progress, nothing else
 
     async def run() -> None:
         with scope, send:

@@ -52,11 +52,11 @@ class Builds:
         self._active: dict[str, ActiveBuild] = {}
         self._slots: dict[str, trio.CapacityLimiter] = {}
         self._closed = False
+        self._hurry = trio.Event()
 
     def refuse_new(self) -> None:
         """The daemon is about to end."""
         self._closed = True
-        self._hurry = trio.Event()
 
     def __len__(self) -> int:
         return len(self._active)

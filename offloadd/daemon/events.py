@@ -77,9 +77,11 @@ class EventLog:
 
 async def read_events(path: Path) -> AsyncIterator[bytes]:
     """The events of a build that an earlier daemon ran."""
-    if not path.exists():
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # so old that its files were dropped
         return
-    with path.open("rb") as file:
+    with file:
         while piece := file.read(PIECE):
             yield piece
             await trio.lowlevel.checkpoint()

@@ -137,8 +137,9 @@ class Machines:
         running.secrets = shop.secrets(machine)
         with shop.cores.share(plan.cpu_count) as cores:
             running.tell("starting QEMU")
+            logs = self._log_folder(machine.name)
             opened = open_instance(
-                plan, instances=shop.paths.instances, logs=self._log_folder(machine.name), bridge=shop.bridge, cores=cores, purpose="machine"
+                plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose="machine"
             )
             async with opened as running.instance:
                 await self._serve(running, adopted=False)
@@ -216,7 +217,8 @@ class Machines:
         try:
             with running.scope, shop.cores.hold(record.cores):
                 running.secrets = self._secrets_of(running.name)
-                async with adopt_instance(directory, logs=self._log_folder(running.name), bridge=shop.bridge) as running.instance:
+                logs = self._log_folder(running.name)
+                async with adopt_instance(directory, logs=logs, bridge=shop.bridge) as running.instance:
                     if running.instance is None:
                         raise OffloadError("ended while no daemon ran", subject=running.name)
                     log.info("machine adopted", machine=running.name, pid=record.pid)

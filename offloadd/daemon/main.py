@@ -51,9 +51,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="The daemon that owns the machines and runs the builds. `offload` starts one by itself when none answers.",
         epilog="SIGTERM and SIGINT end it: builds get a moment to finish, then machines are shut down.",
     )
-    parser.add_argument(
-        "--idle-timeout", type=_duration, default=0.0, metavar="TIME", help="end when nothing was asked for this long (10m); default: never"
-    )
+    idle = "end when nothing was asked for this long (10m); default: never"
+    parser.add_argument("--idle-timeout", type=_duration, default=0.0, metavar="TIME", help=idle)
     parser.add_argument("--version", action="version", version=f"offloadd {__version__}")
     return parser.parse_args(arguments)
 
@@ -66,12 +65,12 @@ def _duration(text: str) -> float:
 
 
 def _set_up_logging() -> None:
-    console = sys.stderr.isatty()
+    lines = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"])
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
+            structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else lines,
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

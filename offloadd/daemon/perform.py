@@ -1,7 +1,7 @@
 """One build: route, prepare, boot, run, collect.
 
-A machine that its user started takes builds that ask for nothing else than it is; every other build gets a VM of its own, booted from
-the same image with the build's date and CPU, and thrown away after it.
+A machine that its user started takes builds that ask for nothing else than it is; every other build gets a VM of its own,
+booted from the same image with the build's date and CPU, and thrown away after it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ log = structlog.get_logger()
 class Service:
     """What the API works with."""
 
-    def __init__(self, workshop: Workshop, machines: Machines, builds: Builds, nursery: trio.Nursery, idle_timeout_s: float) -> None:
+    def __init__(
+        self, workshop: Workshop, machines: Machines, builds: Builds, nursery: trio.Nursery, idle_timeout_s: float
+    ) -> None:
         self.workshop = workshop
         self.machines = machines
         self.builds = builds
@@ -58,7 +60,7 @@ class Service:
         self.stopping.set()
 
     async def wait_at_rest(self) -> None:
-        """Wait until somebody stops us, and then until builds and machines have ended; those who follow them still hear of it."""
+        """Wait until somebody stops us, then until builds and machines have ended; those who follow them still hear of it."""
         await self.stopping.wait()
         self.builds.refuse_new()
         self.machines.refuse_new()
@@ -96,7 +98,8 @@ class Service:
         """Raise `NotAllowedError` when an instance runs on the image."""
         for record in read_records(self.workshop.paths.instances):
             if name in (record.plan.boot.image, record.plan.boot.digest):
-                raise NotAllowedError(f"{record.plan.instance} runs on it", subject=name, hint=f"offload vm stop {record.plan.instance}")
+                user = record.plan.instance
+                raise NotAllowedError(f"{user} runs on it", subject=name, hint=f"offload vm stop {user}")
 
     async def collect_garbage(self) -> dict[str, Sequence[str]]:
         """Remove images and environments that nobody needs; the digests that went."""

@@ -64,9 +64,7 @@ class Workshop:
         facts = QemuFacts(
             binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator=verdict.accelerator
         )
-        boot = BootFiles(
-            image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk
-        )
+        boot = BootFiles(image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk)
         return plan_vm(machine, facts, boot)
 
     async def environment(self, recipe: BuildRecipe, system: str, progress: Progress) -> Environment:
@@ -83,5 +81,3 @@ class Workshop:
     def secrets(self, machine: Machine) -> SecretRoot:
         root = Path(machine.secret_root) if machine.secret_root else None
         return ensure_secret_root(machine.name, self.paths.secrets, root)
-
-

@@ -77,8 +77,9 @@ def qemu_argv(plan: VmPlan, files: InstanceFiles, qmp_fd: int) -> list[str]:
 
 
 def _boot(plan: VmPlan) -> list[str]:
-    # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  The second line saves a third of the boot under TCG:
-    # no mitigations (nobody else is in this guest), no self-tests and calibrations of hardware that is not there.
+    # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  The second line saves a third of the
+    # boot under TCG: no mitigations (nobody else is in this guest), no self-tests and calibrations of hardware that is not
+    # there.
     append = (
         "root=/dev/vda console=ttyS0 panic=-1 quiet random.trust_cpu=on"
         " mitigations=off tsc=reliable no_timer_check cryptomgr.notests 8250.nr_uarts=1"

@@ -2,8 +2,8 @@
 
 Sources: for x86 Intel's product database (ark.intel.com, "Launch Date" of the first product of the generation) and AMD's
 launch announcement of the Opteron (2003-04-22); for the others the vendors' announcements of the first core or machine.  The
-names are QEMU's (`-cpu help`).  Guix's table (gnu/services/virtualization.scm) begins with core2duo; builds from before 2006 get the first
-64-bit x86.
+names are QEMU's (`-cpu help`).  Guix's table (gnu/services/virtualization.scm) begins with core2duo; builds from
+before 2006 get the first 64-bit x86.
 """
 
 from __future__ import annotations

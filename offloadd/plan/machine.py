@@ -100,9 +100,7 @@ def plan_for_build(plan: VmPlan, instance: str, *, date: datetime | None, cpu: s
             check_clock_holds(date, plan.system)
         except ValueError as exc:
             raise UsageError(str(exc), subject=plan.machine) from exc
-    moved = replace(
-        plan, instance=instance, date=date or plan.date, forwards=tuple((0, guest) for _, guest in plan.forwards)
-    )
+    moved = replace(plan, instance=instance, date=date or plan.date, forwards=tuple((0, guest) for _, guest in plan.forwards))
     wanted = cpu or (plan.cpu if pinned_cpu else None)
     return replace(moved, cpu=_cpu(moved, wanted, plan.qemu.cpu_models))
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import trio
 
+from offloadd.nursery import open_narrow_nursery
+
 PROBE_S = 8.0
 """Under working KVM the line comes within 0.2 s."""
 
@@ -87,7 +89,7 @@ async def _boots(qemu: Path, kernel: Path) -> bool:
     argv += ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1"]
     said = b""
     seen = False
-    async with trio.open_nursery() as nursery:
+    async with open_narrow_nursery() as nursery:
         process = await nursery.start(_run, argv)
         with trio.move_on_after(PROBE_S):
             async for chunk in process.stdout:

@@ -38,9 +38,7 @@ def check_ports_free(instance: str, ports: Iterable[int], running: Iterable[Inst
 
 def _taken(instance: str, port: int, owner: str | None) -> PortTakenError:
     if owner is not None:
-        return PortTakenError(
-            f"port {port} is taken by our machine {owner}", subject=instance, hint=f"offload vm stop {owner}"
-        )
+        return PortTakenError(f"port {port} is taken by our machine {owner}", subject=instance, hint=f"offload vm stop {owner}")
     who = _foreign_owner(port)
     return PortTakenError(
         f"port {port} on 127.0.0.1 is taken{f' by {who}' if who else ''}",

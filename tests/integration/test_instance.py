@@ -186,6 +186,22 @@ async def test_a_disk_that_is_missing(bench: Bench) -> None:
     bench.assert_nothing_left()
 
 
+async def test_programs_that_are_not_installed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.plan()
+    with pytest.raises(HostError, match="cannot start /nonexistent/qemu: No such file"):
+        async with bench.open(replace(plan, qemu=replace(plan.qemu, binary="/nonexistent/qemu"))):
+            pytest.fail("it did not start")
+    bench.assert_nothing_left()
+    monkeypatch.setenv("PATH", str(bench.root))
+    with pytest.raises(HostError, match="qemu-img is not installed") as caught:
+        async with bench.open(plan):
+            pytest.fail("it did not start")
+    assert "qemu-utils" in caught.value.hint
+    bench.assert_nothing_left()
+    with pytest.raises(HostError, match="qemu-system-x86_64 is not installed"):
+        await find_qemu("qemu-system-x86_64")
+
+
 async def test_what_a_running_instance_looks_like(bench: Bench) -> None:
     async with bench.open(bench.plan(say(b"hello from the guest\r\n") + HALT)) as instance:
         await wait_for_console(instance, "hello from the guest")

@@ -24,7 +24,7 @@ def alive(pid: int) -> bool:
 
 async def wait_gone(pid: int) -> None:
     with trio.fail_after(5):
-        while alive(pid):  # noqa: ASYNC110 - it is not our child: there is nothing to wait on
+        while alive(pid):
             await trio.sleep(0.02)
 
 
@@ -134,7 +134,7 @@ trio.run(lambda: run_program(program, on_line=lambda line: print(line, flush=Tru
     repository = str(Path(__file__).parent.parent.parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([repository, *filter(None, sys.path)])}
     argv = [sys.executable, "-c", script]
-    ours = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env)  # noqa: ASYNC220 - it is to be killed
+    ours = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env)
     assert ours.stdout is not None
     pid = int(ours.stdout.readline())
     assert alive(pid)

@@ -1,0 +1,166 @@
+"""The daemon's builds before they are given to a machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from offloadd.config.library import Library
+from offloadd.daemon import builds as module
+from offloadd.daemon.builds import SOURCE_S, Builds
+from offloadd.daemon.machines import Machines
+from offloadd.daemon.perform import ActiveBuild
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import BuildFailedError, BuildTimeoutError, NotFoundError, SshError
+from offloadd.model.recipe import BuildRequest
+from offloadd.model.state import BuildState
+from offloadd.paths import Paths
+from offloadd.store.database import Database, open_database
+
+from .plans import machine
+
+REQUEST = BuildRequest.model_validate({"recipe": {"name": "r", "steps": ["true"]}})
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with open_database(tmp_path / "state/db") as opened:
+        yield opened
+
+
+class Shop:
+    """What `Builds` needs of a workshop."""
+
+    def __init__(self, root: Path, database: Database) -> None:
+        self.paths = Paths(config=root, state=root / "state", cache=root, runtime=root)
+        self.database = database
+
+    def library(self) -> Library:
+        return Library(machines={"m": machine()}, images={}, folders={})
+
+
+@pytest.fixture
+def shop(tmp_path: Path, database: Database) -> Workshop:
+    return cast(Workshop, Shop(tmp_path, database))
+
+
+@asynccontextmanager
+async def open_builds(shop: Workshop) -> AsyncIterator[Builds]:
+    async with trio.open_nursery() as nursery:
+        yield Builds(shop, cast(Machines, SimpleNamespace()), nursery)
+
+
+async def told(builds: Builds, build: str) -> list[dict[str, Any]]:
+    text = b"".join([piece async for piece in builds.events(build)])
+    return [json.loads(line) for line in text.splitlines()]
+
+
+async def no_pieces() -> AsyncIterator[bytes]:
+    await trio.lowlevel.checkpoint()
+    yield b"tar"
+
+
+async def test_a_source_that_never_comes(shop: Workshop, autojump_clock: trio.testing.MockClock) -> None:
+    async with open_builds(shop) as builds:
+        build = builds.create(REQUEST)
+        began = trio.current_time()
+        events = await told(builds, build)
+        assert trio.current_time() - began == pytest.approx(SOURCE_S)
+    assert (events[-1]["state"], events[-1]["exit_status"]) == ("cancelled", 130)
+    assert events[-2]["what"] == "its source was not sent"
+    assert shop.database.build(build).state is BuildState.CANCELLED
+    assert len(builds) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "status"),
+    [
+        (None, "succeeded", 0),
+        (BuildFailedError("step 1 failed"), "failed", 1),
+        (BuildTimeoutError("too long"), "timed-out", 124),
+        (SshError("broken"), "errored", 75),
+        (OSError(28, "No space left on device"), "errored", 75),
+        (PermissionError(13, "Permission denied", "/x"), "errored", 75),
+    ],
+)
+async def test_each_end_has_its_state(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, error: Exception | None, state: str, status: int
+) -> None:
+    async def perform(active: ActiveBuild, *_: object) -> None:
+        for step in (BuildState.PREPARING, BuildState.RUNNING, BuildState.COLLECTING):
+            shop.database.move_build(active.id, step)
+        if error:
+            raise error
+
+    monkeypatch.setattr(module, "perform", perform)
+    async with open_builds(shop) as builds:
+        build = builds.create(REQUEST)
+        await builds.take_source(build, no_pieces())
+        events = await told(builds, build)
+    assert (events[-1]["event"], events[-1]["state"], events[-1]["exit_status"]) == ("end", state, status)
+    row = shop.database.build(build)
+    assert row.state == state
+    kept = json.loads((shop.paths.builds / build / "build.json").read_text())
+    assert kept == row.result
+    assert kept["state"] == state
+    assert ("error" in kept) == bool(error)
+
+
+async def test_what_breaks_while_a_build_is_cancelled_does_not_hide_that(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def perform(*_: object) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise SshError("broke while it was torn down")
+
+    monkeypatch.setattr(module, "perform", perform)
+    async with open_builds(shop) as builds:
+        build = builds.create(REQUEST)
+        await builds.take_source(build, no_pieces())
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(builds.cancel, build)
+            nursery.start_soon(builds.cancel, build)
+        events = await told(builds, build)
+    assert (events[-1]["state"], events[-2]["what"]) == ("cancelled", "cancelled by its user")
+
+
+async def test_draining_gives_builds_a_moment_and_then_cancels_them(
+    shop: Workshop, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_builds(shop) as builds:
+        build = builds.create(REQUEST)
+        began = trio.current_time()
+        await builds.drain(10)
+        assert trio.current_time() - began == pytest.approx(10)
+        assert shop.database.build(build).state is BuildState.CANCELLED
+        await builds.drain(10)
+        assert trio.current_time() - began == pytest.approx(10)
+
+
+async def test_draining_in_a_hurry(shop: Workshop, autojump_clock: trio.testing.MockClock) -> None:
+    async with open_builds(shop) as builds:
+        build = builds.create(REQUEST)
+        builds.hurry()
+        await builds.drain(10)
+        assert trio.current_time() == autojump_clock.current_time()
+        assert shop.database.build(build).state is BuildState.CANCELLED
+        await builds.drain(0)
+
+
+async def test_builds_that_there_are_not(shop: Workshop) -> None:
+    async with open_builds(shop) as builds:
+        with pytest.raises(NotFoundError):
+            builds.folder("../etc")
+        with pytest.raises(NotFoundError):
+            await builds.cancel("nothing")
