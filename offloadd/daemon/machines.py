@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
 from offloadd.model.machine import Machine
 from offloadd.model.state import MachineState
+from offloadd.nursery import open_narrow_nursery
 from offloadd.process import Progress, host_error, silent
 from offloadd.vm.instance import Instance, adopt_instance, open_instance
 from offloadd.vm.record import InstanceRecord, read_record
 
+LOST_S = 2.0
 KEPT_LOGS = 10
 """Runs of a machine whose console logs are kept."""
 
@@ -34,6 +36,8 @@ class RunningMachine:
         self.name = name
         self.instance: Instance | None = None
         self.guest: Guest | None = None
+        """None while it boots, and while it is logged in to again."""
+        self.was_ready = False
         self.secrets: SecretRoot | None = None
         self.error: OffloadError | None = None
         self.phase: tuple[str, float | None] = ("starting", None)
@@ -44,6 +48,11 @@ class RunningMachine:
     def tell(self, text: str, fraction: float | None = None) -> None:
         self.phase = (text, fraction)
         self.changed.unpark_all()
+
+
+async def _then_cancel(wait: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:
+    await wait()
+    scope.cancel()
 
 
 class Machines:
@@ -98,7 +107,7 @@ class Machines:
             self._workshop.library().machine(name)
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
         self._move(name, MachineState.STOPPING)
-        if running.instance is not None and running.guest is not None:
+        if running.instance is not None and running.was_ready:
             await running.instance.stop()
         else:
             running.scope.cancel()
@@ -145,17 +154,26 @@ class Machines:
                 await self._serve(running, adopted=False)
 
     async def _serve(self, running: RunningMachine, *, adopted: bool) -> None:
-        """From a running QEMU to its end."""
+        """From a running QEMU to its end; when the connection breaks before that, log in again."""
         assert running.instance is not None
         assert running.secrets is not None
-        async with AsyncExitStack() as stack:
-            opened = open_guest(running.instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
-            guest = await stack.enter_async_context(opened)
-            self._move(running.name, MachineState.RUNNING)
-            running.guest = guest
-            running.tell("ready", 1.0)
-            log.info("machine running", machine=running.name, ports=running.instance.record.ports)
-            await running.instance.wait_ended()
+        instance = running.instance
+        while instance.outcome is None:
+            opened = open_guest(instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
+            async with opened as guest:
+                self._move(running.name, MachineState.RUNNING)
+                running.guest, running.was_ready = guest, True
+                running.tell("ready", 1.0)
+                log.info("machine running", machine=running.name, ports=instance.record.ports)
+                async with open_narrow_nursery() as nursery:
+                    nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
+                    nursery.start_soon(_then_cancel, guest.wait_lost, nursery.cancel_scope)
+            running.guest = None
+            if instance.outcome is None:
+                # A killed QEMU is seen here first: give its end a moment to be known.
+                with trio.move_on_after(LOST_S):
+                    await instance.wait_ended()
+            adopted = True
 
     def _forget(self, running: RunningMachine) -> None:
         """Note how it ended, whatever the way."""
@@ -200,8 +218,8 @@ class Machines:
         names = set()
         for directory in left:
             record = read_record(directory / "instance.json")
-            adoptable = record is not None and record.purpose == "machine" and self._declared(record.plan.machine)
-            if record is not None and adoptable:
+            # One that was never let go has nothing in it worth keeping.
+            if record is not None and record.began and record.purpose == "machine" and self._declared(record.plan.machine):
                 names.add(record.plan.machine)
                 running = self._running[record.plan.machine] = RunningMachine(record.plan.machine)
                 self._nursery.start_soon(self._adopt, running, directory, record)

@@ -89,6 +89,10 @@ class Guest:
         self._connection = connection
         self._machine = machine
 
+    async def wait_lost(self) -> None:
+        """Wait until the connection is gone, whoever ended it."""
+        await self._bridge.call(self._connection.wait_closed)
+
     @asynccontextmanager
     async def open_process(self, command: str) -> AsyncIterator[GuestProcess]:
         """Run a command of the guest's shell; leaving the block closes its channel.

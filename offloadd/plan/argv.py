@@ -49,12 +49,30 @@ def _escape(value: object) -> str:
     return str(value).replace(",", ",,")
 
 
-def qemu_argv(plan: VmPlan, files: InstanceFiles, qmp_fd: int) -> list[str]:
-    """The whole command line.  The VM starts paused (-S): the supervisor pins its threads and then lets it go.
+@dataclass(frozen=True, kw_only=True)
+class QemuFds:
+    """The descriptors that QEMU is started with: it opens nothing else of ours."""
 
-    Args:
-        qmp_fd: a socket that listens already, so that nobody has to wait for QEMU to make it.
-    """
+    qmp: int
+    """A socket that listens, as `console`."""
+    console: int
+    console_log: int
+    disk: int
+    base: int
+    """The image's root file system, below `disk`."""
+    kernel: int
+    initramfs: int
+
+    def all(self) -> list[int]:
+        return [self.qmp, self.console, self.console_log, self.disk, self.base, self.kernel, self.initramfs]
+
+
+def _path(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
+    """The whole command line.  The VM starts paused (-S): the supervisor pins its threads and then lets it go."""
     return [
         plan.qemu.binary,
         *("-name", f"guest={_escape(plan.instance)},debug-threads=on"),
@@ -66,9 +84,9 @@ def qemu_argv(plan: VmPlan, files: InstanceFiles, qmp_fd: int) -> list[str]:
         *("-cpu", plan.cpu, "-smp", str(plan.cpu_count), "-m", f"{plan.memory_mib}M"),
         # clock=vm: the clock starts when the guest does, and does not follow what NTP does to the host.
         *("-rtc", f"base={plan.date:%Y-%m-%dT%H:%M:%S},clock=vm"),
-        *_boot(plan),
-        *_channels(files, qmp_fd),
-        *_disk(files),
+        *_boot(fds),
+        *_channels(fds),
+        *_disk(fds),
         *_network(plan),
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         *("-device", "pvpanic-pci"),
@@ -76,7 +94,7 @@ def qemu_argv(plan: VmPlan, files: InstanceFiles, qmp_fd: int) -> list[str]:
     ]
 
 
-def _boot(plan: VmPlan) -> list[str]:
+def _boot(fds: QemuFds) -> list[str]:
     # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  The second line saves a third of the
     # boot under TCG: no mitigations (nobody else is in this guest), no self-tests and calibrations of hardware that is not
     # there.
@@ -84,22 +102,23 @@ def _boot(plan: VmPlan) -> list[str]:
         "root=/dev/vda console=ttyS0 panic=-1 quiet random.trust_cpu=on"
         " mitigations=off tsc=reliable no_timer_check cryptomgr.notests 8250.nr_uarts=1"
     )
-    return ["-kernel", str(plan.boot.kernel), "-initrd", str(plan.boot.initramfs), "-append", append]
+    return ["-kernel", _path(fds.kernel), "-initrd", _path(fds.initramfs), "-append", append]
 
 
-def _channels(files: InstanceFiles, qmp_fd: int) -> list[str]:
-    console_log = f"logfile={_escape(files.console_log)},logappend=on"
+def _channels(fds: QemuFds) -> list[str]:
+    console_log = f"logfile={_path(fds.console_log)},logappend=on"
     return [
-        *("-chardev", f"socket,id=qmp,fd={qmp_fd},server=on,wait=off"),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"socket,id=console,path={_escape(files.console)},server=on,wait=off,{console_log}"),
+        *("-chardev", f"socket,id=console,fd={fds.console},server=on,wait=off,{console_log}"),
         *("-serial", "chardev:console"),
     ]
 
 
-def _disk(files: InstanceFiles) -> list[str]:
+def _disk(fds: QemuFds) -> list[str]:
     # The overlay is thrown away: there is nothing that flushes could save.
-    disk = f"driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename={_escape(files.disk)}"
+    disk = f"driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename={_path(fds.disk)}"
+    disk += f",backing.driver=raw,backing.read-only=on,backing.file.driver=file,backing.file.filename={_path(fds.base)}"
     return ["-blockdev", disk, "-device", "virtio-blk-pci,drive=root,serial=root"]
 
 

@@ -8,10 +8,34 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import trio
+
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_c])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 TAIL_BYTES = 16 * 1024
+MAX_LOG_BYTES = 32 * 1024 * 1024
+KEPT_LOG_BYTES = 1024 * 1024
+CHECK_S = 5.0
+
+
+async def bound_log(log: Path) -> None:
+    """Cut a console log that grows over its limit down to its end, for as long as it is written: a guest prints what it likes.
+
+    QEMU appends, so that it goes on behind what is left.
+    """
+    while True:
+        await trio.sleep(CHECK_S)  # nothing tells that a file has grown
+        try:
+            if log.stat().st_size > MAX_LOG_BYTES:
+                with log.open("r+b") as file:
+                    file.seek(-KEPT_LOG_BYTES, 2)
+                    end = file.read(KEPT_LOG_BYTES)
+                    file.truncate(0)
+                    file.seek(0)
+                    file.write(b"[the beginning was too long to keep]\n" + end)
+        except OSError:
+            pass  # it is tried again
 
 
 def clean(text: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -23,12 +22,13 @@ import trio
 from offloadd.bridge import Bridge
 from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError
 from offloadd.nursery import open_narrow_nursery
-from offloadd.plan.argv import InstanceFiles, qemu_argv
+from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import VmPlan
-from offloadd.vm.console import console_tail
+from offloadd.vm.console import bound_log, console_tail
+from offloadd.vm.launch import launch
 from offloadd.vm.outcome import Outcome, judge
 from offloadd.vm.ports import check_ports_free, parse_usernet
-from offloadd.vm.process import QemuProcess, find_process, start_process
+from offloadd.vm.process import QemuProcess, find_process
 from offloadd.vm.qmp import Qmp, open_qmp
 from offloadd.vm.record import InstanceRecord, Purpose, read_record, read_records, write_record
 
@@ -36,6 +36,8 @@ POLITE_S = 30.0
 """For the guest to power off; under TCG with its processors shared it takes a few seconds."""
 QUIT_S = 5.0
 KILL_S = 5.0
+CONTACT_S = 30.0
+"""For a QEMU that starts, or is found again, to answer on its monitor."""
 
 # QEMU names the register too, `CPUID.01H:ECX.pcid`; the last word is the flag that -cpu understands.
 _MISSING_FEATURE = re.compile(r"doesn't support requested feature: CPUID\S*?\.(?:\S*\.)?(\S+)")
@@ -92,7 +94,15 @@ class Instance:
 
     async def attach_disk(self, path: Path, serial: str) -> None:
         """Plug in a raw image file, read-only; the guest finds it by its serial (at most 20 characters, virtio's limit)."""
-        file = {"driver": "file", "filename": str(path), "read-only": True}
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise HostError(f"cannot open {path}: {exc.strerror}", subject=self.name) from exc
+        try:
+            handed = await self._qmp.hand_over(fd)
+        finally:
+            os.close(fd)
+        file = {"driver": "file", "filename": handed, "read-only": True}
         await self._qmp.execute("blockdev-add", node_name=serial, driver="raw", read_only=True, file=file)
         await self._qmp.execute("device_add", driver="virtio-blk-pci", id=serial, drive=serial, serial=serial)
 
@@ -160,9 +170,10 @@ async def open_instance(
         raise PortTakenError("runs already", subject=plan.instance, hint=f"offload vm stop {plan.instance}") from exc
     async with AsyncExitStack() as stack:
         stack.callback(_put_away, files, logs)
-        await _make_overlay(plan, files)
-        process = _launch(plan, files)
+        process = await launch(plan, files)
         stack.push_async_callback(process.end, KILL_S)
+        # Before anything can go wrong: whatever becomes of us, the next daemon finds it.
+        write_record(files.record, InstanceRecord.of_paused(plan, process, cores, purpose))
         qmp = await stack.enter_async_context(_first_contact(plan, files, process, bridge))
         record = await _settle(plan, files, process, qmp, cores, purpose)
         write_record(files.record, record)
@@ -185,14 +196,22 @@ async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> Asyn
             yield None
             return
         stack.push_async_callback(process.end, KILL_S)
-        qmp = await stack.enter_async_context(open_qmp(bridge, files.qmp, record.plan.instance))
+        qmp = await _reach(stack, bridge, files, record.plan.instance)
         async with _supervised(Instance(record, files, process, qmp)) as instance:
             yield instance
 
 
+async def _reach(stack: AsyncExitStack, bridge: Bridge, files: InstanceFiles, instance: str) -> Qmp:
+    try:
+        with trio.fail_after(CONTACT_S):
+            return await stack.enter_async_context(open_qmp(bridge, files.qmp, instance))
+    except trio.TooSlowError as exc:
+        raise MachineLostError("QEMU's monitor does not answer", subject=instance) from exc
+
+
 async def _end_unrecorded(files: InstanceFiles, bridge: Bridge) -> None:
     """End a QEMU whose daemon was killed before it could write down the process: its monitor is all that leads to it."""
-    with trio.move_on_after(10), suppress(MachineLostError):
+    with trio.move_on_after(CONTACT_S), suppress(MachineLostError):
         async with open_qmp(bridge, files.qmp, files.directory.name) as qmp:
             await qmp.execute("quit")
 
@@ -204,6 +223,7 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
     async with open_narrow_nursery() as nursery:
         nursery.start_soon(instance._watch, watching)
         nursery.start_soon(instance._end_when_disk_full)
+        nursery.start_soon(bound_log, instance.files.console_log)
         try:
             yield instance
         finally:
@@ -239,37 +259,13 @@ async def while_running(instance: Instance, error: type[OffloadError]) -> AsyncI
         nursery.cancel_scope.cancel()
 
 
-async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(plan.boot.disk), str(files.disk)]
-    try:
-        done = await trio.run_process(argv, check=False, capture_stderr=True)
-    except OSError as exc:
-        raise HostError("qemu-img is not installed", subject=plan.instance, hint="apt-get install qemu-utils") from exc
-    if done.returncode:
-        raise HostError("cannot make the disk", subject=plan.instance, detail=done.stderr.decode(errors="replace"))
-
-
-def _launch(plan: VmPlan, files: InstanceFiles) -> QemuProcess:
-    with socket.socket(socket.AF_UNIX) as listener:
-        try:
-            listener.bind(str(files.qmp))
-        except OSError as exc:
-            hint = "a socket's path holds 107 bytes: set XDG_STATE_HOME to a shorter one"
-            raise HostError(f"cannot make {files.qmp}: {exc}", subject=plan.instance, hint=hint) from exc
-        files.qmp.chmod(0o600)
-        listener.listen(1)
-        argv = qemu_argv(plan, files, listener.fileno())
-        return start_process(argv, files.qemu_log, files.directory, [listener.fileno()])
-
-
 @asynccontextmanager
 async def _first_contact(plan: VmPlan, files: InstanceFiles, process: QemuProcess, bridge: Bridge) -> AsyncIterator[Qmp]:
     """QMP; when QEMU ended instead, its exit status and its last words say more than the lost socket."""
     async with AsyncExitStack() as stack:
         try:
-            with trio.fail_after(30):
-                qmp = await stack.enter_async_context(open_qmp(bridge, files.qmp, plan.instance))
-        except (MachineLostError, trio.TooSlowError) as exc:
+            qmp = await _reach(stack, bridge, files, plan.instance)
+        except MachineLostError as exc:
             status: int | None = None
             with trio.move_on_after(2):
                 status = await process.wait_ended()

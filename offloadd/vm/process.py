@@ -63,9 +63,14 @@ class QemuProcess:
             self._pidfd = -1
 
 
-def start_process(argv: Sequence[str], log: Path, directory: Path, pass_fds: Sequence[int]) -> QemuProcess:
+def start_process(
+    argv: Sequence[str], log: Path, pass_fds: Sequence[int], uid: int | None = None, groups: Sequence[int] = ()
+) -> QemuProcess:
     """Start QEMU in a session of its own, standard output and error to `log`.
 
+    Args:
+        uid: the user, and the group of the same number, that it runs as; None for our own.
+        groups: its further groups; only with `uid`.
     Raises:
         HostError: it cannot be started.
     """
@@ -76,10 +81,13 @@ def start_process(argv: Sequence[str], log: Path, directory: Path, pass_fds: Seq
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                cwd=directory,
+                cwd="/",
                 start_new_session=True,
                 pass_fds=pass_fds,
-                umask=0o177,  # its sockets are for us alone
+                umask=0o177,
+                user=uid,
+                group=uid,
+                extra_groups=None if uid is None else groups,
             )
     except OSError as exc:
         raise HostError(f"cannot start {argv[0]}: {exc.strerror}", hint="offload doctor") from exc

@@ -53,6 +53,23 @@ class Qmp:
         """The events of `_KEPT_EVENTS` that came since the last call, oldest first."""
         return await self._bridge.run_sync(self._client.events.clear)
 
+    async def hand_over(self, fd: int) -> str:
+        """Give QEMU a descriptor of ours; returns the name under which it opens it.
+
+        Raises:
+            MachineLostError: QEMU refused it or went away.
+        """
+
+        async def send() -> int:
+            self._client.send_fd_scm(fd)
+            answer = await self._client.execute("add-fd")
+            return int(answer["fdset-id"])  # type: ignore[index]
+
+        try:
+            return f"/dev/fdset/{await self._bridge.call(send)}"
+        except (QMPError, OSError, EOFError) as exc:
+            raise MachineLostError("QEMU does not take a file", subject=self._instance) from exc
+
     async def wait_disk_full(self) -> None:
         """Wait until QEMU has paused the guest because the host has no room for what it writes."""
 

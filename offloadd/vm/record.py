@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from offloadd.plan.machine import VmPlan
+from offloadd.vm.process import QemuProcess
 
 Purpose = Literal["machine", "build"]
 
@@ -29,7 +31,21 @@ class InstanceRecord:
     purpose: Purpose
     """Started for its user, or for one build and thrown away after it."""
     began: float
-    """Unix time at which the guest was let go."""
+    """Unix time at which the guest was let go; 0 before that."""
+
+    @classmethod
+    def of_paused(cls, plan: VmPlan, process: QemuProcess, cores: Sequence[int], purpose: Purpose) -> InstanceRecord:
+        """The record of a QEMU of which no more is known than that it was started."""
+        return cls(
+            plan=plan,
+            pid=process.pid,
+            started=process.started or 0,
+            ports={guest: host for host, guest in plan.forwards if host},
+            cores=tuple(cores),
+            missing_features=(),
+            purpose=purpose,
+            began=0.0,
+        )
 
 
 _adapter = TypeAdapter(InstanceRecord)

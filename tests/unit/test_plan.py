@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
 import pytest
 
 from offloadd.errors import NoMachineError, UsageError
 from offloadd.model.system import SYSTEMS
-from offloadd.plan.argv import InstanceFiles, qemu_argv
+from offloadd.plan.argv import QemuFds, qemu_argv
 from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
 from offloadd.plan.machine import default_qemu, plan_for_build
 
@@ -103,7 +103,7 @@ def test_a_date_that_the_clock_does_not_hold() -> None:
         plan_for_build(plan(), "b", date=day("2150-01-01"), cpu=None, pinned_cpu=False)
 
 
-FILES = InstanceFiles(Path("/run/m"))
+FDS = QemuFds(qmp=7, console=8, console_log=9, disk=10, base=11, kernel=12, initramfs=13)
 
 
 def options(argv: list[str], name: str) -> list[str]:
@@ -112,7 +112,7 @@ def options(argv: list[str], name: str) -> list[str]:
 
 
 def test_the_whole_command_line() -> None:
-    argv = qemu_argv(plan(), FILES, 7)
+    argv = qemu_argv(plan(), FDS)
     assert argv == [
         "/usr/bin/qemu-system-x86_64",
         *("-name", "guest=m,debug-threads=on"),
@@ -121,13 +121,15 @@ def test_the_whole_command_line() -> None:
         *("-machine", "pc", "-accel", "tcg,thread=multi"),
         *("-cpu", "Cascadelake-Server", "-smp", "4", "-m", "2048M"),
         *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
-        *("-kernel", "/i/vmlinuz", "-initrd", "/i/initramfs.img"),
+        *("-kernel", "/proc/self/fd/12", "-initrd", "/proc/self/fd/13"),
         *("-append", options(argv, "-append")[0]),
         *("-chardev", "socket,id=qmp,fd=7,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         "-chardev",
-        "socket,id=console,path=/run/m/console.sock,server=on,wait=off,logfile=/run/m/console.log,logappend=on",
+        "socket,id=console,fd=8,server=on,wait=off,logfile=/proc/self/fd/9,logappend=on",
         *("-serial", "chardev:console"),
-        *("-blockdev", "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/run/m/disk.qcow2"),
+        "-blockdev",
+        "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/proc/self/fd/10"
+        ",backing.driver=raw,backing.read-only=on,backing.file.driver=file,backing.file.filename=/proc/self/fd/11",
         *("-device", "virtio-blk-pci,drive=root,serial=root"),
         *("-netdev", "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:11022-:22,hostfwd=tcp:127.0.0.1:11044-:1004"),
         *("-device", "virtio-net-pci,netdev=net0,romfile="),
@@ -137,14 +139,12 @@ def test_the_whole_command_line() -> None:
 
 
 def test_what_the_kernel_must_be_told() -> None:
-    words = options(qemu_argv(plan(), FILES, 7), "-append")[0].split()
+    words = options(qemu_argv(plan(), FDS), "-append")[0].split()
     assert {"root=/dev/vda", "console=ttyS0", "panic=-1"} <= set(words)
 
 
 def test_what_changes_an_option() -> None:
-    argv = qemu_argv(
-        plan(network=True, options=["-snapshot"], date="1999-12-31T23:59:58Z", qemu=facts(accelerator="kvm")), FILES, 7
-    )
+    argv = qemu_argv(plan(network=True, options=["-snapshot"], date="1999-12-31T23:59:58Z", qemu=facts(accelerator="kvm")), FDS)
     assert options(argv, "-accel") == ["kvm"]
     assert options(argv, "-rtc") == ["base=1999-12-31T23:59:58,clock=vm"]
     assert "restrict" not in options(argv, "-netdev")[0]
@@ -153,12 +153,12 @@ def test_what_changes_an_option() -> None:
 
 def test_ports_are_forwarded_on_loopback_only() -> None:
     moved = plan_for_build(plan(), "b", date=None, cpu=None, pinned_cpu=False)
-    [netdev] = options(qemu_argv(moved, FILES, 7), "-netdev")
+    [netdev] = options(qemu_argv(moved, FDS), "-netdev")
     assert netdev.endswith(",hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:1004")
     assert netdev.count("hostfwd=") == netdev.count("hostfwd=tcp:127.0.0.1:")
 
 
-def test_commas_in_paths_are_doubled() -> None:
-    argv = qemu_argv(plan(), InstanceFiles(Path("/a,b")), 7)
-    assert "path=/a,,b/console.sock," in options(argv, "-chardev")[1]
-    assert options(argv, "-blockdev")[0].endswith("file.filename=/a,,b/disk.qcow2")
+def test_nothing_of_ours_is_named_by_its_path() -> None:
+    argv = qemu_argv(plan(), FDS)
+    assert not [word for word in argv[1:] if "/i/" in word or "/run/" in word]
+    assert {f"/proc/self/fd/{fd}" for fd in (9, 10, 11, 12, 13)} <= set(re.findall(r"/proc/self/fd/\d+", " ".join(argv)))

@@ -1,0 +1,111 @@
+"""From a plan to a QEMU process that is paused before its first instruction.
+
+QEMU opens nothing of ours by path: each file and socket is opened here and handed over as a descriptor.  So it needs no right in any
+folder, and when the daemon is root it runs as a user that owns nothing but this machine's disk and console log.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from offloadd.errors import HostError
+from offloadd.plan.argv import InstanceFiles, QemuFds, qemu_argv
+from offloadd.plan.machine import VmPlan
+from offloadd.vm.process import QemuProcess, start_process
+
+# systemd's range for users that exist as long as a service runs (its doc/UIDS-GIDS): nobody else's files have them.
+_FIRST_UID, _LAST_UID = 61184, 65519
+
+
+@dataclass(frozen=True)
+class QemuUser:
+    """Whom QEMU runs as when the daemon is root."""
+
+    uid: int
+    groups: tuple[int, ...]
+
+
+async def launch(plan: VmPlan, files: InstanceFiles) -> QemuProcess:
+    """Make the volatile disk and start QEMU.
+
+    Raises:
+        HostError: a program is missing, a file cannot be made.
+    """
+    await _make_overlay(plan, files)
+    user = _choose_user(plan, files)
+    try:
+        with _opened(plan, files, user) as fds:
+            argv = qemu_argv(plan, fds)
+            return start_process(argv, files.qemu_log, fds.all(), user.uid if user else None, user.groups if user else ())
+    except OSError as exc:
+        raise HostError(f"cannot open {exc.filename}: {exc.strerror}", subject=plan.instance) from exc
+
+
+async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(plan.boot.disk), str(files.disk)]
+    try:
+        done = await trio.run_process(argv, check=False, capture_stderr=True)
+    except OSError as exc:
+        raise HostError("qemu-img is not installed", subject=plan.instance, hint="apt-get install qemu-utils") from exc
+    if done.returncode:
+        raise HostError("cannot make the disk", subject=plan.instance, detail=done.stderr.decode(errors="replace"))
+
+
+def _choose_user(plan: VmPlan, files: InstanceFiles) -> QemuUser | None:
+    """A user that no other machine has, so that one that breaks out of its QEMU cannot touch the others'; None without root."""
+    if os.geteuid():
+        return None
+    taken = {disk.stat().st_uid for disk in files.directory.parent.glob(f"*/{files.disk.name}")}
+    uid = next(uid for uid in range(_FIRST_UID, _LAST_UID + 1) if uid not in taken)
+    kvm = Path("/dev/kvm")
+    groups = (kvm.stat().st_gid,) if plan.qemu.accelerator == "kvm" and kvm.exists() else ()
+    return QemuUser(uid, groups)
+
+
+@contextmanager
+def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterator[QemuFds]:
+    """Everything that QEMU works with; our copies are closed when it has been started."""
+    with ExitStack() as stack:
+
+        def open_file(path: Path, flags: int) -> int:
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, fd)
+            if user is not None:
+                # /proc/self/fd opens a file anew, with the rights of who asks.
+                if flags & os.O_ACCMODE == os.O_RDONLY:
+                    os.fchmod(fd, os.fstat(fd).st_mode & 0o777 | 0o444)
+                else:
+                    os.fchown(fd, user.uid, user.uid)
+            return fd
+
+        yield QemuFds(
+            qmp=stack.enter_context(_listen(files.qmp, plan.instance)).fileno(),
+            console=stack.enter_context(_listen(files.console, plan.instance)).fileno(),
+            console_log=open_file(files.console_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            disk=open_file(files.disk, os.O_RDWR),
+            base=open_file(plan.boot.disk, os.O_RDONLY),
+            kernel=open_file(plan.boot.kernel, os.O_RDONLY),
+            initramfs=open_file(plan.boot.initramfs, os.O_RDONLY),
+        )
+
+
+@contextmanager
+def _listen(path: Path, instance: str) -> Iterator[socket.socket]:
+    """A socket that listens already, so that nobody has to wait for QEMU to make it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(path))
+        except OSError as exc:
+            hint = "a socket's path holds 107 bytes: set XDG_STATE_HOME to a shorter one"
+            raise HostError(f"cannot make {path}: {exc}", subject=instance, hint=hint) from exc
+        # The folder is for us alone, so nobody can be faster than this.
+        path.chmod(0o600)
+        listener.listen(1)
+        yield listener
