@@ -6,6 +6,7 @@ What a guest prints is not trusted: control characters never reach the terminal 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -26,16 +27,19 @@ async def bound_log(log: Path) -> None:
     """
     while True:
         await trio.sleep(CHECK_S)  # nothing tells that a file has grown
-        try:
-            if log.stat().st_size > MAX_LOG_BYTES:
-                with log.open("r+b") as file:
-                    file.seek(-KEPT_LOG_BYTES, 2)
-                    end = file.read(KEPT_LOG_BYTES)
-                    file.truncate(0)
-                    file.seek(0)
-                    file.write(b"[the beginning was too long to keep]\n" + end)
-        except OSError:
-            pass  # it is tried again
+        with suppress(OSError):  # it is tried again
+            await trio.to_thread.run_sync(_cut, log)
+
+
+def _cut(log: Path) -> None:
+    if log.stat().st_size <= MAX_LOG_BYTES:
+        return
+    with log.open("r+b") as file:
+        file.seek(-KEPT_LOG_BYTES, 2)
+        end = file.read(KEPT_LOG_BYTES)
+        file.truncate(0)
+        file.seek(0)
+        file.write(b"[the beginning was too long to keep]\n" + end)
 
 
 def clean(text: str) -> str:

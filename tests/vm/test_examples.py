@@ -30,7 +30,9 @@ def test_time_trap_passes_in_its_time(world: World, tmp_path: Path) -> None:
     world.assert_nothing_left()
 
 
-@pytest.mark.parametrize(("date", "reason"), [("now", "certificate has expired"), ("2018-06-01", "certificate is not yet valid")])
+@pytest.mark.parametrize(
+    ("date", "reason"), [("now", "certificate has expired"), ("2018-06-01", "certificate is not yet valid")]
+)
 def test_time_trap_fails_outside_its_time(world: World, tmp_path: Path, date: str, reason: str) -> None:
     done = world.run("build", "--date", date, "-o", tmp_path / "out", EXAMPLES / "time-trap", status=1)
 
