@@ -59,8 +59,7 @@ class Workshop:
         nothing = Path("/nonexistent")
         plan_vm(machine, facts, BootFiles(image=machine.image, digest="", kernel=nothing, initramfs=nothing, disk=nothing))
         image = await self.image(library, machine.image, progress)
-        progress("choosing the accelerator", None)
-        verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json")
+        verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json", progress)
         facts = QemuFacts(
             binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator=verdict.accelerator
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from offloadd.nursery import open_narrow_nursery
+from offloadd.process import Progress, silent
 
 PROBE_S = 8.0
 """Under working KVM the line comes within 0.2 s."""
@@ -32,7 +33,9 @@ class Verdict:
     qemu: str
 
 
-async def find_accelerator(qemu: Path, kernel: Path, cache: Path, *, device: Path = Path("/dev/kvm")) -> Verdict:
+async def find_accelerator(
+    qemu: Path, kernel: Path, cache: Path, progress: Progress = silent, *, device: Path = Path("/dev/kvm")
+) -> Verdict:
     """The accelerator for guests of this host's architecture.
 
     Args:
@@ -46,6 +49,7 @@ async def find_accelerator(qemu: Path, kernel: Path, cache: Path, *, device: Pat
     kept = _read(cache)
     if kept and (kept.boot_id, kept.qemu) == (asked.boot_id, asked.qemu):
         return kept
+    progress("trying whether KVM works here", None)
     if await _boots(qemu, kernel):
         verdict = replace(asked, accelerator="kvm", reason="a kernel started under KVM")
     else:
