@@ -57,7 +57,7 @@ $(STAMP): pyproject.toml
 ##@ Check
 
 .PHONY: test
-test: deps venv ## run the whole test suite: unit, integration, vm and interop
+test: deps venv ## run the whole test suite: unit, integration, real VMs
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: unit

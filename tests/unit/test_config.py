@@ -68,7 +68,7 @@ def test_defaults_are_those_of_the_manual() -> None:
         ("memory-size: 2G", "memory-size", "valid integer"),
         ("memory-size: 127", "memory-size", "greater than or equal to 128"),
         ("date: 1969-12-31", "date", "before 1970"),
-        ("date: 2100-01-01", "date", "2099-12-31"),
+        ("date: 2070-01-01", "date", "2069-12-31"),
         ("date: 2020-13-01", "date", "is not a date"),
         ("date: 2020", "date", "is not a date"),
         ("date: [2020]", "date", "is not a date"),

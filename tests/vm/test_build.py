@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import World
 
 
@@ -39,6 +41,17 @@ def test_command_on_the_command_line(world: World, tmp_path: Path) -> None:
     )
 
     assert done.stdout == "hello from the host\n2015-05-05\n"
+
+
+@pytest.mark.parametrize("date", ["1970-01-01", "1985-06-01", "2038-06-01", "2069-12-31"])
+def test_dates_at_the_ends_of_the_clock(world: World, tmp_path: Path, date: str) -> None:
+    recipe = world.recipe(f"at-{date}", "steps: ['date +%F']\n")
+
+    assert world.run("build", "--date", date, "-o", tmp_path / "out", recipe).stdout == f"{date}\n"
+    record = json.loads((tmp_path / "out/build.json").read_text())
+    # The machine itself came up at that date too.
+    console = (world.state / "builds" / record["build"] / "console.log").read_text()
+    assert f"offload-init: {date}T00:00:0" in console
 
 
 def test_sandbox_of_a_build(world: World, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def work(kernel, begin, place, sys_root):
     as_porter(root, begin, unpack_source, begin["date"])
     if begin["date"] is not None:
         try:
-            time.clock_settime(time.CLOCK_REALTIME, begin["date"])
+            # Linux has no clock that is younger than the boot: 1970-01-01T00:00:00 is a few seconds late.
+            time.clock_settime(time.CLOCK_REALTIME, max(begin["date"], time.monotonic() + 0.01))
         except OSError as exc:
             raise Trouble(f"cannot set the clock: {exc.strerror}") from exc
     send_event("started", clock=time.time(), cpu=cpu_model(), kernel=os.uname().release)
