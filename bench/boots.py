@@ -19,6 +19,7 @@ from offloadd.environment.store import EnvironmentStore
 from offloadd.guest.secret_service import deliver_secrets
 from offloadd.image.store import ImageStore
 from offloadd.model.machine import SECRETS_PORT
+from offloadd.nursery import narrow
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
 from offloadd.store.database import open_database
@@ -44,7 +45,10 @@ class _Boot:
 
 def measure_boots(place: Workplace, budget: Budget, tell: Progress) -> tuple[list[Row], dict[str, str]]:
     """The rows, and facts about what was booted."""
-    return trio.run(_measure, place, budget, tell)
+    try:
+        return trio.run(_measure, place, budget, tell)
+    except BaseExceptionGroup as group:
+        raise narrow(group) from None
 
 
 async def _measure(place: Workplace, budget: Budget, tell: Progress) -> tuple[list[Row], dict[str, str]]:

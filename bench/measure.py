@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 Relation = Literal["ratio", "difference"]
+
+
+_END_S = 15
 
 
 class BenchError(Exception):
@@ -98,19 +104,37 @@ def time_program(
     """
     began = time.monotonic()
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             argv,
             env=env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=limit_s,
+            start_new_session=True,
         )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise BenchError(f"{argv[0]}: {exc}") from exc
-    took = time.monotonic() - began
-    if done.returncode:
-        said = done.stdout.decode(errors="replace")[-2000:]
-        raise BenchError(f"{' '.join(argv)[:200]} ended with status {done.returncode}:\n{said}")
+    except OSError as exc:
+        raise BenchError(f"{argv[0]}: {exc.strerror}") from exc
+    with process:
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except BaseException as exc:
+            _end_group(process)
+            if isinstance(exc, subprocess.TimeoutExpired):
+                raise BenchError(f"{argv[0]} took longer than {limit_s:.0f} s") from exc
+            raise
+        took = time.monotonic() - began
+    if process.returncode:
+        tail = said.decode(errors="replace")[-2000:]
+        raise BenchError(f"{' '.join(argv)[:200]} ended with status {process.returncode}:\n{tail}")
     return took
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Politely first: mmdebstrap has mounts to undo."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_END_S)
+            return

@@ -32,7 +32,9 @@ PARTS = ("boots", "builds", "image")
 def main() -> int:
     """Measure, write, print; the exit status."""
     options = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running then either
+    # So that nothing is left running after SIGTERM either.  trio knows when an interrupt may be raised, and takes SIGINT alone.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     began, load = time.monotonic(), os.getloadavg()[0]
     facts = {"date": format_date(datetime.now(UTC)), "cores": str(os.cpu_count()), "python": platform.python_version()}
     try:

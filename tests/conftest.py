@@ -85,7 +85,7 @@ class World:
 
     def qemus(self) -> list[int]:
         """The QEMUs of this world."""
-        return [pid for pid, command in _commands() if "qemu-system" in command and str(self.root) in command]
+        return [pid for pid, command in _commands() if "qemu-system" in command and has_open_below(pid, self.root)]
 
     def daemons(self) -> list[int]:
         """The daemons of this world."""
@@ -131,6 +131,15 @@ def _commands() -> Iterator[tuple[int, str]]:
             yield int(directory.name), (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
+
+
+def has_open_below(pid: int, folder: Path) -> bool:
+    """Does the process have a file below `folder` open?  QEMU's command line names none."""
+    try:
+        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(link.startswith(f"{folder}/") for link in links)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import ConfigError, DaemonError, HostError, NotFoundError, OffloadError
+from offloadd.errors import BootError, ConfigError, DaemonError, HostError, NotFoundError, OffloadError
 from offloadd.guest.open import open_guest
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
@@ -53,6 +53,13 @@ class RunningMachine:
 async def _then_cancel(wait: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:
     await wait()
     scope.cancel()
+
+
+async def _ends_soon(instance: Instance) -> bool:
+    """Has it ended?  A killed QEMU is seen by its connections first: its end gets a moment to be known."""
+    with trio.move_on_after(LOST_S):
+        await instance.wait_ended()
+    return instance.outcome is not None
 
 
 class Machines:
@@ -158,22 +165,31 @@ class Machines:
         assert running.instance is not None
         assert running.secrets is not None
         instance = running.instance
-        while instance.outcome is None:
+        running.was_ready = adopted
+        while True:
             opened = open_guest(instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
-            async with opened as guest:
-                self._move(running.name, MachineState.RUNNING)
-                running.guest, running.was_ready = guest, True
-                running.tell("ready", 1.0)
-                log.info("machine running", machine=running.name, ports=instance.record.ports)
-                async with open_narrow_nursery() as nursery:
-                    nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
-                    nursery.start_soon(_then_cancel, guest.wait_lost, nursery.cancel_scope)
-            running.guest = None
-            if instance.outcome is None:
-                # A killed QEMU is seen here first: give its end a moment to be known.
-                with trio.move_on_after(LOST_S):
-                    await instance.wait_ended()
+            try:
+                async with opened as running.guest:
+                    await self._be_ready(running, instance, running.guest)
+            except BootError:
+                # A guest that powers off loses its connection first: that end is no failed boot.
+                if not running.was_ready or not await _ends_soon(instance):
+                    raise
+            finally:
+                running.guest = None
+            if await _ends_soon(instance):
+                return
             adopted = True
+
+    async def _be_ready(self, running: RunningMachine, instance: Instance, guest: Guest) -> None:
+        """Until the instance ends or the connection breaks."""
+        self._move(running.name, MachineState.RUNNING)
+        running.was_ready = True
+        running.tell("ready", 1.0)
+        log.info("machine running", machine=running.name, ports=instance.record.ports)
+        async with open_narrow_nursery() as nursery:
+            nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
+            nursery.start_soon(_then_cancel, guest.wait_lost, nursery.cancel_scope)
 
     def _forget(self, running: RunningMachine) -> None:
         """Note how it ended, whatever the way."""

@@ -184,7 +184,6 @@ async def _build(active: ActiveBuild, place: _Place, environment: Environment, s
     source = active.folder / "source-sent.tar"
     await trio.to_thread.run_sync(prepare_source, active.source, sources, source, newest)
     serial = f"env-{active.id}"
-    await place.instance.attach_disk(environment.path, serial)
     job = Job(
         build=active.id,
         name=f"{recipe.name}-{recipe.version}",
@@ -200,6 +199,7 @@ async def _build(active: ActiveBuild, place: _Place, environment: Environment, s
         keep_failed=request.keep_failed,
     )
     try:
+        await place.instance.attach_disk(environment.path, serial)
         with open_outputs_receiver(active.outputs) as outputs:
             report = await run_build(place.guest, job, outputs, _Listener(active, move))
     finally:

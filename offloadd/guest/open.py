@@ -32,7 +32,7 @@ async def open_guest(
         SshError, ProtocolError: it is not the guest that it should be.
     """
     limit_s = instance.record.plan.boot_timeout_s
-    missing = "the secret service gave no hello"
+    missing = "sshd did not take a login" if adopted else "the secret service gave no hello"
     guest: Guest | None = None
     async with AsyncExitStack() as stack:
         async with while_running(instance, BootError):

@@ -21,7 +21,7 @@ CHECK_S = 5.0
 
 
 async def bound_log(log: Path) -> None:
-    """Cut a console log that grows over its limit down to its end, for as long as it is written: a guest prints what it likes.
+    """Cut a log that grows over its limit down to its end, for as long as it is written: a guest prints what it likes.
 
     QEMU appends, so that it goes on behind what is left.
     """

@@ -99,12 +99,18 @@ class Instance:
         except OSError as exc:
             raise HostError(f"cannot open {path}: {exc.strerror}", subject=self.name) from exc
         try:
-            handed = await self._qmp.hand_over(fd)
+            async with self._qmp.handed_over(fd) as name:
+                file = {"driver": "file", "filename": name, "read-only": True}
+                await self._qmp.execute("blockdev-add", node_name=serial, driver="raw", read_only=True, file=file)
         finally:
             os.close(fd)
-        file = {"driver": "file", "filename": handed, "read-only": True}
-        await self._qmp.execute("blockdev-add", node_name=serial, driver="raw", read_only=True, file=file)
-        await self._qmp.execute("device_add", driver="virtio-blk-pci", id=serial, drive=serial, serial=serial)
+        try:
+            await self._qmp.execute("device_add", driver="virtio-blk-pci", id=serial, drive=serial, serial=serial)
+        except BaseException:
+            # Refused where a device uses it all the same.
+            with trio.move_on_after(QUIT_S, shield=True), suppress(MachineLostError):
+                await self._qmp.execute("blockdev-del", node_name=serial)
+            raise
 
     async def detach_disk(self, serial: str) -> None:
         """Unplug it; a guest that does not let go within the limit keeps it."""
@@ -117,7 +123,10 @@ class Instance:
 
     async def _end_when_disk_full(self) -> None:
         """QEMU pauses a guest that it cannot write for; nobody would ever know why it is silent."""
-        await self._qmp.wait_disk_full()
+        try:
+            await self._qmp.wait_disk_full()
+        except MachineLostError:
+            return  # its end is seen by others
         self._fault = "the host's disk is full: what the guest wrote has no room"
         self._process.kill()
 
@@ -197,6 +206,9 @@ async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> Asyn
             return
         stack.push_async_callback(process.end, KILL_S)
         qmp = await _reach(stack, bridge, files, record.plan.instance)
+        if record.began:
+            # The earlier daemon may have been killed right before it did this; and a disk that was full may have room again.
+            await qmp.execute("cont")
         async with _supervised(Instance(record, files, process, qmp)) as instance:
             yield instance
 
@@ -224,6 +236,7 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
         nursery.start_soon(instance._watch, watching)
         nursery.start_soon(instance._end_when_disk_full)
         nursery.start_soon(bound_log, instance.files.console_log)
+        nursery.start_soon(bound_log, instance.files.qemu_log)
         try:
             yield instance
         finally:
@@ -318,6 +331,8 @@ def _put_away(files: InstanceFiles, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         for log in (files.console_log, files.qemu_log):
             if log.exists():
+                # QEMU's user may be another machine's tomorrow.
+                os.chown(log, os.geteuid(), os.getegid())
                 shutil.move(log, logs / log.name)
     except OSError as exc:
         raise HostError(f"cannot keep the logs: {exc.strerror}", subject=str(logs)) from exc

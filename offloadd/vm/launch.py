@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,9 @@ async def launch(plan: VmPlan, files: InstanceFiles) -> QemuProcess:
     """
     await _make_overlay(plan, files)
     user = _choose_user(plan, files)
-    try:
-        with _opened(plan, files, user) as fds:
-            argv = qemu_argv(plan, fds)
-            return start_process(argv, files.qemu_log, fds.all(), user.uid if user else None, user.groups if user else ())
-    except OSError as exc:
-        raise HostError(f"cannot open {exc.filename}: {exc.strerror}", subject=plan.instance) from exc
+    with _opened(plan, files, user) as fds:
+        argv = qemu_argv(plan, fds)
+        return start_process(argv, files.qemu_log, fds.all(), user.uid if user else None, user.groups if user else ())
 
 
 async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
@@ -59,14 +57,23 @@ async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
 
 
 def _choose_user(plan: VmPlan, files: InstanceFiles) -> QemuUser | None:
-    """A user that no other machine has, so that one that breaks out of its QEMU cannot touch the others'; None without root."""
+    """A user that nobody else is, so that one that breaks out of its QEMU cannot touch other machines; None without root."""
     if os.geteuid():
         return None
-    taken = {disk.stat().st_uid for disk in files.directory.parent.glob(f"*/{files.disk.name}")}
+    # systemd's services, and the machines of a daemon with another state directory, show as processes.
+    taken = _owners(files.directory.parent.glob(f"*/{files.disk.name}")) | _owners(Path("/proc").glob("[0-9]*"))
     uid = next(uid for uid in range(_FIRST_UID, _LAST_UID + 1) if uid not in taken)
     kvm = Path("/dev/kvm")
     groups = (kvm.stat().st_gid,) if plan.qemu.accelerator == "kvm" and kvm.exists() else ()
     return QemuUser(uid, groups)
+
+
+def _owners(paths: Iterable[Path]) -> set[int]:
+    found = set()
+    for path in paths:
+        with suppress(OSError):  # a process that has just ended
+            found.add(path.stat().st_uid)
+    return found
 
 
 @contextmanager
@@ -75,14 +82,12 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterat
     with ExitStack() as stack:
 
         def open_file(path: Path, flags: int) -> int:
-            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, fd)
-            if user is not None:
-                # /proc/self/fd opens a file anew, with the rights of who asks.
-                if flags & os.O_ACCMODE == os.O_RDONLY:
-                    os.fchmod(fd, os.fstat(fd).st_mode & 0o777 | 0o444)
-                else:
-                    os.fchown(fd, user.uid, user.uid)
+            try:
+                fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+                stack.callback(os.close, fd)
+                _permit(fd, flags, user)
+            except OSError as exc:
+                raise HostError(f"cannot hand {path} to QEMU: {exc.strerror}", subject=plan.instance) from exc
             return fd
 
         yield QemuFds(
@@ -94,6 +99,17 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterat
             kernel=open_file(plan.boot.kernel, os.O_RDONLY),
             initramfs=open_file(plan.boot.initramfs, os.O_RDONLY),
         )
+
+
+def _permit(fd: int, flags: int, user: QemuUser | None) -> None:
+    """/proc/self/fd opens a file anew, with the rights of who asks."""
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if flags & os.O_ACCMODE != os.O_RDONLY:
+        os.fchmod(fd, 0o600)
+        if user is not None:
+            os.fchown(fd, user.uid, user.uid)
+    elif user is not None and not mode & 0o004:
+        os.fchmod(fd, mode | 0o444)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from offloadd.vm.record import InstanceRecord
 # A line of HMP's `info usernet`: protocol and state, file descriptor, source address and port, destination address and port.
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+(?P<address>\S+)\s+(?P<host>\d+)\s+\S+\s+(?P<guest>\d+)")
 
+# Ports from here on need no privilege (Linux: Documentation/networking/ip-sysctl.rst).
+_FIRST_FREE = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
 
 def parse_usernet(text: str) -> dict[int, int]:
     """Guest port -> host port, from `info usernet`."""
@@ -22,16 +25,17 @@ def parse_usernet(text: str) -> dict[int, int]:
 def check_ports_free(instance: str, ports: Iterable[int], running: Iterable[InstanceRecord]) -> None:
     """Raise `PortTakenError`, naming the owner, when a host port is in use on 127.0.0.1."""
     owners = {host: record.plan.instance for record in running for host in record.ports.values()}
+    first = int(_FIRST_FREE.read_text())
     for port in ports:
+        if port < first:
+            # QEMU has no privilege that would let it have one, also when we are root.
+            hint = f"choose a port above {first - 1} in port-forwardings"
+            raise PortTakenError(f"port {port} is for privileged programs only", subject=instance, hint=hint)
         with socket.socket() as probe:
             # As QEMU does it: a port in TIME_WAIT is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
-            except PermissionError as exc:
-                raise PortTakenError(
-                    f"port {port} needs root", subject=instance, hint="choose a port above 1023 in port-forwardings"
-                ) from exc
             except OSError as exc:
                 raise _taken(instance, port, owners.get(port)) from exc
 

@@ -24,7 +24,7 @@ def start_ticks(pid: int) -> int | None:
     Together with the number it names one process for as long as the host runs.
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     fields = text.rsplit(")", 1)[1].split()
@@ -36,9 +36,10 @@ class QemuProcess:
 
     def __init__(self, pid: int, popen: subprocess.Popen[bytes] | None) -> None:
         self.pid = pid
-        self.started = start_ticks(pid)
         self._popen = popen
+        # In this order: were it another process by now, its ticks would be others too.
         self._pidfd = os.pidfd_open(pid)
+        self.started = start_ticks(pid)
 
     async def wait_ended(self) -> int | None:
         """Wait for the end; the exit status, or None when it was not our child."""
@@ -91,7 +92,12 @@ def start_process(
             )
     except OSError as exc:
         raise HostError(f"cannot start {argv[0]}: {exc.strerror}", hint="offload doctor") from exc
-    return QemuProcess(popen.pid, popen)
+    try:
+        return QemuProcess(popen.pid, popen)
+    except OSError as exc:  # we have no descriptor left: nobody would ever end it
+        popen.kill()
+        popen.wait()
+        raise HostError(f"cannot watch {argv[0]}: {exc.strerror}") from exc
 
 
 def find_process(pid: int, started: int) -> QemuProcess | None:

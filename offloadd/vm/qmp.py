@@ -30,6 +30,7 @@ class Qmp:
         self._bridge = bridge
         self._client = client
         self._instance = instance
+        self._handing = trio.Lock()
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run one command; keyword `node_name` becomes the argument `node-name`.
@@ -53,9 +54,11 @@ class Qmp:
         """The events of `_KEPT_EVENTS` that came since the last call, oldest first."""
         return await self._bridge.run_sync(self._client.events.clear)
 
-    async def hand_over(self, fd: int) -> str:
-        """Give QEMU a descriptor of ours; returns the name under which it opens it.
+    @asynccontextmanager
+    async def handed_over(self, fd: int) -> AsyncIterator[str]:
+        """Give QEMU a descriptor of ours; the block gets the name under which it can be opened there, for as long as it lasts.
 
+        What was opened stays open.
         Raises:
             MachineLostError: QEMU refused it or went away.
         """
@@ -66,21 +69,40 @@ class Qmp:
             return int(answer["fdset-id"])  # type: ignore[index]
 
         try:
-            return f"/dev/fdset/{await self._bridge.call(send)}"
+            # QEMU holds one descriptor for the next command that wants one: two at a time would be mistaken for each other.
+            async with self._handing:
+                number = await self._bridge.call(send)
         except (QMPError, OSError, EOFError) as exc:
             raise MachineLostError("QEMU does not take a file", subject=self._instance) from exc
+        try:
+            yield f"/dev/fdset/{number}"
+        finally:
+            # QEMU keeps its own copy otherwise, until the monitor's connection ends.
+            with trio.move_on_after(5, shield=True), suppress(MachineLostError):
+                await self.execute("remove-fd", fdset_id=number)
 
     async def wait_disk_full(self) -> None:
-        """Wait until QEMU has paused the guest because the host has no room for what it writes."""
+        """Wait until QEMU has paused the guest because the host has no room for what it writes.
+
+        Raises:
+            MachineLostError: QEMU went away.
+        """
 
         async def wait() -> None:
             with self._client.listener("BLOCK_IO_ERROR") as errors:
+                # An adopted one may have been paused while nobody listened; QEMU's default is to pause for a full disk alone.
+                status = await self._client.execute("query-status")
+                if isinstance(status, dict) and status.get("status") == "io-error":
+                    return
                 async for event in errors:
                     data = event["data"]
                     if isinstance(data, dict) and data.get("nospace"):
                         return
 
-        await self._bridge.call(wait)
+        try:
+            await self._bridge.call(wait)
+        except (QMPError, OSError, EOFError) as exc:
+            raise MachineLostError("QEMU went away", subject=self._instance) from exc
 
     async def unplug(self, device: str) -> None:
         """Take a device away and wait until the guest has let go of it.

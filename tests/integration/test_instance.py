@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,14 @@ from pydantic import TypeAdapter
 from offloadd.bridge import Bridge, open_bridge
 from offloadd.errors import BootError, HostError, MachineLostError, PortTakenError, SshError
 from offloadd.model.state import MachineState
-from offloadd.plan.argv import InstanceFiles, qemu_argv
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan
 from offloadd.vm.instance import Instance, adopt_instance, open_instance, while_running
 from offloadd.vm.process import find_process, start_ticks
 from offloadd.vm.qemu import find_qemu
+from offloadd.vm.qmp import open_qmp
 from offloadd.vm.record import read_record
+
+from ..conftest import has_open_below
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86 is not installed")
 
@@ -38,6 +41,8 @@ pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reas
 HALT = b"\xfa\xf4\xeb\xfd"
 POWER_OFF = b"\xba\x04\x06\xb8\x00\x20\xef" + HALT
 RESET = b"\xb0\xfe\xe6\x64" + HALT
+# For ever: give back each disk that is to be unplugged (QEMU: docs/specs/acpi_pci_hotplug.rst; "down" 0xae04, eject 0xae08).
+GIVE_BACK = b"\x66\x31\xc0\xba\x10\xae\x66\xef" + b"\xba\x04\xae\x66\xed\xba\x08\xae\x66\xef\xeb\xf4"
 
 
 def say(text: bytes) -> bytes:
@@ -107,8 +112,9 @@ class Bench:
             except OSError:
                 continue
             zombie = parent == os.getpid() and path.read_text().split()[1].startswith("(qemu-system")
-            if zombie or (str(self.root).encode() in command and b"qemu-system" in command.split(b"\0")[0]):
-                found.append(int(path.parent.name))
+            pid = int(path.parent.name)
+            if zombie or (b"qemu-system" in command.split(b"\0")[0] and has_open_below(pid, self.root)):
+                found.append(pid)
         return found
 
     def assert_nothing_left(self) -> None:
@@ -157,16 +163,25 @@ async def test_a_qemu_that_is_none(tmp_path: Path) -> None:
         await find_qemu("/bin/false")
 
 
-async def test_a_kernel_that_is_missing_is_told_with_qemus_own_words(bench: Bench) -> None:
+async def test_a_kernel_that_is_missing(bench: Bench) -> None:
     plan = bench.plan()
     plan.boot.kernel.unlink()
+    with pytest.raises(HostError, match=r"cannot hand .*m-vmlinuz to QEMU: No such file") as caught:
+        async with bench.open(plan):
+            pytest.fail("it did not start")
+    assert caught.value.subject == "m"
+    bench.assert_nothing_left()
+
+
+async def test_a_kernel_that_is_none_is_told_with_qemus_own_words(bench: Bench) -> None:
+    plan = bench.plan()
+    plan.boot.kernel.write_bytes(b"nothing that boots")
     with pytest.raises(BootError, match="exit status 1") as caught:
         async with bench.open(plan):
             pytest.fail("it did not start")
-    assert "vmlinuz" in caught.value.detail
-    assert caught.value.subject == "m"
+    assert "kernel" in caught.value.detail
     bench.assert_nothing_left()
-    assert "vmlinuz" in (bench.logs / "qemu.log").read_text()
+    assert "kernel" in (bench.logs / "qemu.log").read_text()
 
 
 async def test_a_wrong_option_is_told_with_qemus_own_words(bench: Bench) -> None:
@@ -245,6 +260,93 @@ async def test_qemu_runs_in_its_seccomp_sandbox(bench: Bench) -> None:
     async with bench.open(bench.plan()) as instance:
         status = Path(f"/proc/{instance.record.pid}/status").read_text()
         assert "Seccomp:\t2" in status
+
+
+def status_of(pid: int) -> dict[str, list[str]]:
+    """proc(5), /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")
+
+
+@as_root
+async def test_below_root_qemu_is_nobody(bench: Bench) -> None:
+    async with bench.open(bench.plan()) as instance:
+        status = status_of(instance.record.pid)
+        uid = instance.files.disk.stat().st_uid
+        assert 61184 <= uid <= 65519
+        assert status["Uid"] == status["Gid"] == [str(uid)] * 4
+        assert status["Groups"] == []
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(status[kind][0], 16) == 0
+        assert status["NoNewPrivs"] == ["1"]
+        assert status["Seccomp"] == ["2"]
+        for path in (instance.files.disk, instance.files.console_log):
+            assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (uid, 0o600)
+        for path in (instance.files.qmp, instance.files.console, instance.files.qemu_log, instance.files.record):
+            assert path.stat().st_uid == 0
+    # Its log is kept, and is no business of the next one that gets the number.
+    assert (bench.logs / "console.log").stat().st_uid == 0
+
+
+async def test_without_root_qemu_is_its_user(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        # The other branch of the code; the whole file can also be run by a user.
+        monkeypatch.setattr("offloadd.vm.launch.os.geteuid", lambda: 1000)
+    async with bench.open(bench.plan()) as instance:
+        assert status_of(instance.record.pid)["Uid"] == [str(os.getuid())] * 4
+        assert instance.files.disk.stat().st_uid == os.getuid()
+        assert stat.S_IMODE(instance.files.disk.stat().st_mode) == 0o600
+
+
+def may_read(uid: int, path: Path) -> bool:
+    """May the user read the file once he has got past every folder?  Tried with a descriptor that gives no right itself."""
+    fd = os.open(path, os.O_PATH)
+    try:
+        command = ["head", "-c", "1", f"/proc/self/fd/{fd}"]
+        done = subprocess.run(
+            command, pass_fds=[fd], user=uid, group=uid, extra_groups=[], cwd="/", capture_output=True, check=False
+        )
+    finally:
+        os.close(fd)
+    assert done.returncode == 0 or b"Permission denied" in done.stderr
+    return done.returncode == 0
+
+
+@as_root
+async def test_below_root_two_qemus_are_strangers(bench: Bench) -> None:
+    async with bench.open(bench.plan(name="first")) as first, bench.open(bench.plan(name="second")) as second:
+        one, other = (instance.files.disk.stat().st_uid for instance in (first, second))
+        assert one != other
+        for path in (second.files.disk, second.files.console_log):
+            assert not may_read(one, path)
+            assert may_read(other, path)
+            # By its name not even its own.
+            assert subprocess.run(["test", "-e", path], user=other, group=other, extra_groups=[], check=False).returncode == 1
+    # A number that a process has is not given to a machine.
+    with subprocess.Popen(["sleep", "60"], user=one, group=one, extra_groups=[]) as stranger:
+        async with bench.open(bench.plan(name="third")) as third:
+            assert third.files.disk.stat().st_uid not in (0, one)
+        stranger.kill()
+    bench.assert_nothing_left()
+
+
+async def test_files_made_under_a_strict_umask_boot(bench: Bench) -> None:
+    before = os.umask(0o077)
+    try:
+        plan = bench.plan(say(b"booted\r\n") + HALT)
+        for path in (plan.boot.kernel, plan.boot.initramfs, plan.boot.disk):
+            path.chmod(0o600)
+        async with bench.open(plan) as instance:
+            await wait_for_console(instance, "booted")
+            assert stat.S_IMODE(instance.files.console_log.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
+    # They are in folders of ours; nobody may ever write.
+    assert stat.S_IMODE(plan.boot.disk.stat().st_mode) == (0o644 if os.geteuid() == 0 else 0o600)
+    assert stat.S_IMODE(bench.root.stat().st_mode) == 0o700
 
 
 async def test_virtual_cpus_are_pinned(bench: Bench) -> None:
@@ -396,6 +498,17 @@ async def test_a_port_that_is_free_again_at_once(bench: Bench) -> None:
                 pass
 
 
+async def test_a_port_that_qemu_has_no_right_to(bench: Bench) -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    if first < 2:
+        pytest.skip("every port is free for all on this host")
+    with pytest.raises(PortTakenError, match="port 1 is for privileged programs only") as caught:
+        async with bench.open(replace(bench.plan(), forwards=((1, 22), (0, 1004)))):
+            pytest.fail("it has the port")
+    assert f"above {first - 1}" in caught.value.hint
+    bench.assert_nothing_left()
+
+
 async def test_a_path_that_is_too_long_for_a_socket(bench: Bench) -> None:
     bench.instances = bench.root / ("x" * 100)
     with pytest.raises(HostError, match="cannot make") as caught:
@@ -412,24 +525,159 @@ async def test_a_disk_is_plugged_in(bench: Bench) -> None:
         await instance.attach_disk(path, "env-1")
         with pytest.raises(MachineLostError, match="QEMU refused blockdev-add"):
             await instance.attach_disk(path, "env-1")
-        with pytest.raises(MachineLostError, match="QEMU refused"):
+        with pytest.raises(HostError, match=r"cannot open .*nothing: No such file"):
             await instance.attach_disk(bench.root / "nothing", "env-2")
 
 
+async def test_a_disk_is_given_back_and_plugged_in_again(bench: Bench) -> None:
+    path = bench.root / "env.squashfs"
+    path.write_bytes(bytes(4096))
+    path.chmod(0o600)
+    async with bench.open(bench.plan(GIVE_BACK)) as instance:
+        counts = []
+        for _ in range(3):
+            await instance.attach_disk(path, "env-1")
+            await instance.detach_disk("env-1")
+            counts.append(len(descriptors(instance.record.pid)))
+        assert len(set(counts)) == 1
+        assert str(path) not in descriptors(instance.record.pid)
+        # Two at once: each gets its own file, though QEMU takes descriptors one after the other.
+        others = [bench.root / f"env-{number}" for number in range(8)]
+        for number, other in enumerate(others):
+            other.write_bytes(bytes(512 * (number + 1)))
+        async with trio.open_nursery() as nursery:
+            for other in others:
+                nursery.start_soon(instance.attach_disk, other, other.name)
+        blocks = await instance._qmp.execute("query-named-block-nodes")
+        sizes = {block["node-name"]: block["image"]["virtual-size"] for block in blocks}
+        assert [sizes[other.name] for other in others] == [512 * (number + 1) for number in range(8)]
+        held = descriptors(instance.record.pid)
+        assert all(held.count(str(other)) == 1 for other in others)
+
+
+async def test_a_disk_that_cannot_be_plugged_in_leaves_nothing_in_qemu(bench: Bench) -> None:
+    path = bench.root / "env.squashfs"
+    path.write_bytes(bytes(4096))
+    plan = replace(bench.plan(), options=("-device", "virtio-balloon-pci,id=env-1"))
+    async with bench.open(plan) as instance:
+        for _ in range(2):
+            with pytest.raises(MachineLostError, match="QEMU refused device_add: Duplicate device ID"):
+                await instance.attach_disk(path, "env-1")
+        with pytest.raises(MachineLostError, match="QEMU refused blockdev-add"):
+            await instance.attach_disk(path, "no name")
+        assert str(path) not in descriptors(instance.record.pid)
+
+
+async def test_no_descriptor_is_left_behind(bench: Bench) -> None:
+    async def open_and_close() -> None:
+        async with bench.open(bench.plan()) as instance:
+            await instance.attach_disk(bench.root / "initramfs", "env-1")
+        with pytest.raises(BootError):
+            async with bench.open(replace(bench.plan(), options=("-no-such-option",))):
+                pytest.fail("it did not start")
+        with pytest.raises(HostError):
+            async with bench.open(replace(bench.plan(), boot=replace(bench.plan().boot, initramfs=bench.root / "none"))):
+                pytest.fail("it did not start")
+        with trio.move_on_after(0.05):
+            async with bench.open(bench.plan()):
+                await trio.sleep_forever()
+
+    await open_and_close()  # whatever libraries open once
+    before = descriptors(os.getpid())
+    for _ in range(5):
+        await open_and_close()
+    assert sorted(descriptors(os.getpid())) == sorted(before)
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open; sockets and pipes by their kind alone."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # the one that reads the folder
+            found.append(str(link.readlink()).split(":[")[0])
+    return found
+
+
+async def test_a_console_log_has_an_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CHECK_S": 0.02, "MAX_LOG_BYTES": 8000, "KEPT_LOG_BYTES": 2000}.items():
+        monkeypatch.setattr(f"offloadd.vm.console.{name}", value)
+    code = say(b"all work and no play\r\n")
+    sizes: list[int] = []
+    async with bench.open(bench.plan(code + b"\xe9" + (-len(code) - 3).to_bytes(2, "little", signed=True))) as instance:
+        with trio.fail_after(60):
+            while sum(after < before for before, after in pairwise(sizes)) < 3:
+                sizes.append(instance.files.console_log.stat().st_size)
+                await trio.sleep(0.005)
+    kept = (bench.logs / "console.log").read_bytes()
+    assert kept.startswith(b"[the beginning was too long to keep]\n")
+    assert b"\0" not in kept
+    assert b"all work and no play" in kept
+
+
+# Write 32 KiB after 32 KiB through the BIOS (int 0x13, function 0x43), in a kernel of ours; the packet lies behind the code.
+_FILL = b"\xbe\x7c\x02\xb8\x00\x43\xb2\x80\xcd\x13\x81\x44\x08\x40\x00\xeb\xef" + bytes(3)
+FILL = _FILL + b"\x10\x00\x40\x00\x00\x7c\x00\x00" + bytes(8)
+
+
+@pytest.fixture
+async def cramped(bench: Bench) -> AsyncIterator[Bench]:
+    """Its file system is too small for what a guest may write."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    bench.instances.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=700k,mode=700", "tmpfs", str(bench.instances)]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("no right to mount")
+    yield bench
+    subprocess.run(["umount", "-l", bench.instances], check=True)
+
+
+FULL = "the host's disk is full: what the guest wrote has no room"
+
+
+async def test_a_full_disk_is_the_end(cramped: Bench) -> None:
+    async with cramped.open(cramped.plan(FILL)) as instance:
+        with trio.fail_after(30):
+            outcome = await instance.wait_ended()
+    assert (outcome.state, outcome.reason, outcome.exit_status) == (MachineState.CRASHED, FULL, -signal.SIGKILL)
+    cramped.assert_nothing_left()
+
+
+async def test_a_disk_that_was_full_before_the_instance_is_adopted(cramped: Bench) -> None:
+    leave(cramped, cramped.plan(FILL), before="_supervised")
+    await left_qemu(cramped)
+    async with open_qmp(cramped.bridge, cramped.instances / "m/qmp.sock", "m") as qmp:
+        await qmp.execute("cont")
+        with trio.fail_after(30):
+            while (await qmp.execute("query-status"))["status"] != "io-error":
+                await trio.sleep(0.05)
+    async with cramped.adopt() as instance:
+        assert instance is not None
+        with trio.fail_after(30):
+            assert (await instance.wait_ended()).reason == FULL
+    cramped.assert_nothing_left()
+
+
 FORGETFUL = """
-import sys, trio
+import os, signal, sys, trio
 from offloadd.bridge import open_bridge
-from offloadd.vm.instance import open_instance
+from offloadd.vm import instance
 from pathlib import Path
 from pydantic import TypeAdapter
 from offloadd.plan.machine import VmPlan
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for name in sys.argv[3:]:
+    setattr(instance, name, die)
 
 async def main():
     plan = TypeAdapter(VmPlan).validate_json(sys.argv[2])
     root = Path(sys.argv[1])
     async with open_bridge() as bridge:
         folders = {"instances": root / "instances", "logs": root / "logs"}
-        async with open_instance(plan, **folders, bridge=bridge, cores=(0, 0), purpose="machine"):
+        async with instance.open_instance(plan, **folders, bridge=bridge, cores=(0, 0), purpose="machine"):
             print("running", flush=True)
             await trio.sleep_forever()
 
@@ -437,18 +685,33 @@ trio.run(main)
 """
 
 
-def leave(bench: Bench, plan: VmPlan) -> None:
-    """Start an instance in a process that is then killed, as a daemon may be."""
+def leave(bench: Bench, plan: VmPlan, before: str | None = None) -> None:
+    """Start an instance in a process that is then killed, as a daemon may be.
+
+    Args:
+        before: the function of `offloadd.vm.instance` at whose call it dies; None: when the instance runs.
+    """
     plan_text = TypeAdapter(VmPlan).dump_json(plan).decode()
-    with subprocess.Popen([sys.executable, "-c", FORGETFUL, bench.root, plan_text], stdout=subprocess.PIPE) as owner:
+    command = [sys.executable, "-c", FORGETFUL, str(bench.root), plan_text, *([before] if before else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
-        assert owner.stdout.readline() == b"running\n"
+        assert owner.stdout.readline() == (b"" if before else b"running\n")
         owner.kill()
+    assert owner.returncode == -signal.SIGKILL
+
+
+async def left_qemu(bench: Bench) -> int:
+    """The one that was left; it may be just becoming a QEMU."""
+    with trio.fail_after(10):
+        while not (found := bench.qemus()):
+            await trio.sleep(0.01)
+    [pid] = found
+    return pid
 
 
 async def test_an_instance_outlives_its_owner_and_is_adopted(bench: Bench) -> None:
     leave(bench, bench.plan(say(b"still here\r\n") + HALT))
-    [pid] = bench.qemus()
+    pid = await left_qemu(bench)
     async with bench.adopt() as instance:
         assert instance is not None
         assert (instance.record.pid, instance.name, instance.outcome) == (pid, "m", None)
@@ -480,7 +743,7 @@ async def test_an_adopted_instance_that_is_killed_has_crashed(bench: Bench) -> N
 
 async def test_an_instance_that_ended_while_nobody_looked(bench: Bench) -> None:
     leave(bench, bench.plan())
-    [pid] = bench.qemus()
+    pid = await left_qemu(bench)
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while start_ticks(pid) is not None and time.monotonic() < deadline:
@@ -502,21 +765,59 @@ async def test_a_process_that_got_the_number_of_a_dead_qemu_is_left_alone(bench:
     assert find_process(stranger.pid, ticks) is None
 
 
-async def test_a_qemu_that_was_never_written_down_is_ended(bench: Bench) -> None:
-    plan = bench.plan()
-    files = InstanceFiles(bench.instances / "m")
-    files.directory.mkdir(parents=True)
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", files.disk, "1M"], check=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(files.qmp))
-        listener.listen(1)
-        descriptor = listener.fileno()
-        with subprocess.Popen(qemu_argv(plan, files, descriptor), pass_fds=[descriptor]) as qemu:
-            listener.close()
-            async with bench.adopt() as instance:
-                assert instance is None
-            assert qemu.wait(10) == 0
+async def gone(bench: Bench) -> None:
+    """Wait until nothing is left of QEMUs that are not our children."""
+    with trio.move_on_after(10):
+        while bench.qemus():
+            await trio.sleep(0.02)
     bench.assert_nothing_left()
+
+
+async def test_a_qemu_that_was_never_written_down_is_ended(bench: Bench) -> None:
+    leave(bench, bench.plan(), before="write_record")
+    pid = await left_qemu(bench)
+    assert not (bench.instances / "m/instance.json").exists()
+    async with bench.adopt() as instance:
+        assert instance is None
+    with trio.move_on_after(10):
+        while start_ticks(pid) is not None:
+            await trio.sleep(0.02)
+    await gone(bench)
+
+
+@pytest.mark.parametrize("moment", ["_first_contact", "_settle"])
+async def test_a_qemu_that_was_never_let_go_is_ended(bench: Bench, moment: str) -> None:
+    leave(bench, bench.plan(say(b"never said") + HALT), before=moment)
+    pid = await left_qemu(bench)
+    record = read_record(bench.instances / "m/instance.json")
+    assert record is not None
+    assert (record.pid, record.began) == (pid, 0.0)
+    async with bench.adopt() as instance:
+        assert instance is not None
+    await gone(bench)
+    assert (bench.logs / "console.log").read_bytes() == b""
+
+
+@pytest.mark.parametrize("moment", ["_first_contact", None])
+async def test_a_qemu_that_hangs_when_it_is_found_is_killed(
+    bench: Bench, moment: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offloadd.vm.instance.CONTACT_S", 0.5)
+    leave(bench, bench.plan(), before=moment)
+    pid = await left_qemu(bench)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(MachineLostError, match="monitor does not answer"):
+        async with bench.adopt():
+            pytest.fail("nobody answers")
+    await gone(bench)
+
+
+async def test_a_guest_that_was_about_to_be_let_go_is_let_go(bench: Bench) -> None:
+    leave(bench, bench.plan(say(b"at last\r\n") + HALT), before="_supervised")
+    async with bench.adopt() as instance:
+        assert instance is not None
+        await wait_for_console(instance, "at last")
+    await gone(bench)
 
 
 async def test_a_directory_without_anything_is_put_away(bench: Bench) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -83,11 +84,13 @@ def wait_for(port: int) -> None:
     pytest.fail("sshd does not listen")
 
 
-def end_children(process: subprocess.Popen[bytes]) -> None:
-    """The connections' own processes, which outlive their sshd."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+def end_children(parent: int) -> None:
+    """The connections' own processes, which outlive their sshd; without root, a child's child has the socket."""
+    children = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout.split()
     for child in children:
-        os.kill(int(child), signal.SIGKILL)
+        end_children(int(child))
+        with suppress(ProcessLookupError):  # it has seen its child's end
+            os.kill(int(child), signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +285,7 @@ async def test_a_connection_that_breaks(bridge: Bridge, server: Server) -> None:
         async with open_ssh(bridge, port, server.secrets) as guest, guest.open_process("cat") as channel:
             await channel.send(b"x")
             assert await channel.receive() == b"x"
-            end_children(process)
+            end_children(process.pid)
             with trio.fail_after(10):
                 with pytest.raises(SshError, match="the connection broke"):
                     while await channel.receive():

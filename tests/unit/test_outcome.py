@@ -54,6 +54,13 @@ def test_the_table(
     assert outcome.exit_status == status
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_why_we_had_to_kill_it_comes_first(asked: bool) -> None:
+    events = [POWERDOWN, shutdown("guest-shutdown")] if asked else []
+    outcome = judge(events, asked=asked, fault="the host's disk is full", exit_status=-9, stderr="", console=PANIC)
+    assert (outcome.state, outcome.reason) == (CRASHED, "the host's disk is full")
+
+
 def test_the_last_words() -> None:
     outcome = judge([], asked=False, exit_status=1, stderr="qemu: no", console="login:")
     assert outcome.detail == "qemu:\nqemu: no\nconsole:\nlogin:"

@@ -62,9 +62,11 @@ def test_the_same_tree_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     with tarfile.open(fileobj=io.BytesIO(first)) as tar:
+        # Python 3.14 would refuse more by itself; Debian's 3.11.2 knows no filters yet.
+        tar.extraction_filter = getattr(tarfile, "tar_filter", None)
         for member in reversed(tar.getmembers()):
             if not member.islnk():
-                tar.extract(member, copy, filter="tar")
+                tar.extract(member, copy)
     (copy / "z-hard").hardlink_to(copy / "sub/a")
     assert pack(copy, newest=NEWEST) == first
 
