@@ -63,9 +63,23 @@ def _choose_user(plan: VmPlan, files: InstanceFiles) -> QemuUser | None:
     # systemd's services, and the machines of a daemon with another state directory, show as processes.
     taken = _owners(files.directory.parent.glob(f"*/{files.disk.name}")) | _owners(Path("/proc").glob("[0-9]*"))
     uid = next(uid for uid in range(_FIRST_UID, _LAST_UID + 1) if uid not in taken)
-    kvm = Path("/dev/kvm")
-    groups = (kvm.stat().st_gid,) if plan.qemu.accelerator == "kvm" and kvm.exists() else ()
-    return QemuUser(uid, groups)
+    groups = _kvm_groups() if plan.qemu.accelerator == "kvm" else ()
+    # Where KVM is root's alone, or a container has no such users, QEMU runs as we do.
+    return QemuUser(uid, groups) if groups is not None and _is_mapped(uid) else None
+
+
+def _kvm_groups() -> tuple[int, ...] | None:
+    """The groups that QEMU needs to open /dev/kvm; None when no group would help."""
+    device = Path("/dev/kvm").stat()
+    if device.st_mode & 0o006 == 0o006:
+        return ()
+    return (device.st_gid,) if device.st_mode & 0o060 == 0o060 else None
+
+
+def _is_mapped(uid: int) -> bool:
+    """Whether this user namespace has the user (user_namespaces(7), uid_map)."""
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
 
 def _owners(paths: Iterable[Path]) -> set[int]:
