@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,18 +12,13 @@ import trio
 from bench.measure import BenchError, Budget, Row, Series, in_turn
 from bench.systemd_image import READY, ensure_systemd_image
 from bench.workplace import MACHINE, Workplace
-from offloadd.bridge import open_bridge
-from offloadd.daemon.workshop import Workshop
-from offloadd.environment.store import EnvironmentStore
+from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.guest.secret_service import deliver_secrets
-from offloadd.image.store import ImageStore
 from offloadd.model.machine import SECRETS_PORT
 from offloadd.nursery import narrow
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
-from offloadd.store.database import open_database
 from offloadd.vm.instance import open_instance
-from offloadd.vm.pinning import Cores
 
 BOOT_LIMIT_S = 180.0
 POLL_S = 0.005
@@ -54,7 +48,7 @@ def measure_boots(place: Workplace, budget: Budget, tell: Progress) -> tuple[lis
 async def _measure(place: Workplace, budget: Budget, tell: Progress) -> tuple[list[Row], dict[str, str]]:
     first, installed, ready = Series("our first line"), Series("our secrets"), Series("our sshd")
     finished = Series("systemd, finished")
-    async with _open_workshop(place) as shop:
+    async with open_workshop(place.paths, place.paths.state / "bench.sqlite") as shop:
         library = shop.library()
         machine = library.machine(MACHINE)
         plan = replace(await shop.plan(machine, library, tell), instance="ours", forwards=((0, 22), (0, SECRETS_PORT)))
@@ -90,22 +84,6 @@ def _rows(first: Series, installed: Series, ready: Series, finished: Series) -> 
         Row(name="boot to the secrets", compares=f"secrets installed : {base}", ours=installed, base=finished),
         Row(name="boot to sshd", compares=f"our sshd listens, secrets included : {base}", ours=ready, base=finished),
     ]
-
-
-@asynccontextmanager
-async def _open_workshop(place: Workplace) -> AsyncIterator[Workshop]:
-    paths = place.paths
-    paths.instances.mkdir(parents=True, exist_ok=True)
-    with open_database(paths.state / "bench.sqlite") as database:
-        async with open_bridge() as bridge:
-            yield Workshop(
-                paths=paths,
-                bridge=bridge,
-                database=database,
-                images=ImageStore(paths.cache / "images"),
-                environments=EnvironmentStore(paths.cache / "environments"),
-                cores=Cores(),
-            )
 
 
 async def _boot(shop: Workshop, place: Workplace, boot: _Boot) -> None:

@@ -13,16 +13,11 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-from offloadd.bridge import open_bridge
 from offloadd.daemon.builds import Builds
 from offloadd.daemon.machines import Machines
-from offloadd.daemon.workshop import Workshop
-from offloadd.environment.store import EnvironmentStore
+from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.errors import NotAllowedError, OffloadError
-from offloadd.image.store import ImageStore
-from offloadd.paths import Paths, make_private
-from offloadd.store.database import open_database
-from offloadd.vm.pinning import Cores
+from offloadd.paths import Paths
 from offloadd.vm.record import read_records
 
 DRAIN_S = 10.0
@@ -119,31 +114,20 @@ class Service:
 @asynccontextmanager
 async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[Service]:
     """All of the daemon but its socket; leaving the block ends every build and every machine."""
-    for folder in (paths.state, paths.cache, paths.builds, paths.instances, paths.logs):
-        make_private(folder)
-    with open_database(paths.database) as database:
-        async with open_bridge() as bridge, trio.open_nursery() as machine_nursery:
-            workshop = Workshop(
-                paths=paths,
-                bridge=bridge,
-                database=database,
-                images=ImageStore(paths.cache / "images"),
-                environments=EnvironmentStore(paths.cache / "environments"),
-                cores=Cores(),
-            )
-            machines = Machines(workshop, machine_nursery)
-            await machines.reconcile()
-            async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
-                builds = Builds(workshop, machines, build_nursery)
-                builds.reconcile()
-                service = Service(workshop, machines, builds, request_nursery, idle_timeout_s)
-                request_nursery.start_soon(service.stop_when_idle)
-                request_nursery.start_soon(service.start_declared)
-                try:
-                    yield service
-                finally:
-                    # Also when the API has failed: nothing may be left running.
-                    with trio.CancelScope(shield=True):
-                        request_nursery.cancel_scope.cancel()
-                        await builds.drain(0)
-                        await machines.stop_all()
+    async with open_workshop(paths, paths.database) as workshop, trio.open_nursery() as machine_nursery:
+        machines = Machines(workshop, machine_nursery)
+        await machines.reconcile()
+        async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
+            builds = Builds(workshop, machines, build_nursery)
+            builds.reconcile()
+            service = Service(workshop, machines, builds, request_nursery, idle_timeout_s)
+            request_nursery.start_soon(service.stop_when_idle)
+            request_nursery.start_soon(service.start_declared)
+            try:
+                yield service
+            finally:
+                # Also when the API has failed: nothing may be left running.
+                with trio.CancelScope(shield=True):
+                    request_nursery.cancel_scope.cancel()
+                    await builds.drain(0)
+                    await machines.stop_all()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offloadd.bridge import Bridge
+from offloadd.bridge import Bridge, open_bridge
 from offloadd.builder.fetch import fetch_sources
 from offloadd.config.library import Library, load_library
 from offloadd.environment.recipe import environment_recipe
@@ -16,10 +18,10 @@ from offloadd.model.machine import Machine
 from offloadd.model.quantity import format_size
 from offloadd.model.recipe import BuildRecipe
 from offloadd.model.system import SYSTEMS
-from offloadd.paths import Paths
+from offloadd.paths import Paths, make_private
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_vm
 from offloadd.process import Progress
-from offloadd.store.database import Database
+from offloadd.store.database import Database, open_database
 from offloadd.vm.accelerator import find_accelerator
 from offloadd.vm.pinning import Cores
 from offloadd.vm.qemu import find_qemu
@@ -80,3 +82,25 @@ class Workshop:
     def secrets(self, machine: Machine) -> SecretRoot:
         root = Path(machine.secret_root) if machine.secret_root else None
         return ensure_secret_root(machine.name, self.paths.secrets, root)
+
+
+@asynccontextmanager
+async def open_workshop(paths: Paths, database: Path) -> AsyncIterator[Workshop]:
+    """A workshop whose database is the file `database`.
+
+    Raises:
+        NotAllowedError: a directory belongs to somebody else.
+        HostError: the database cannot be used.
+    """
+    for folder in (paths.state, paths.cache, paths.builds, paths.instances, paths.logs):
+        make_private(folder)
+    with open_database(database) as opened:
+        async with open_bridge() as bridge:
+            yield Workshop(
+                paths=paths,
+                bridge=bridge,
+                database=opened,
+                images=ImageStore(paths.cache / "images"),
+                environments=EnvironmentStore(paths.cache / "environments"),
+                cores=Cores(),
+            )

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, field_validator,
 
 from offloadd.model.base import Date, Duration, Name, Text, Value, quoted_text
 from offloadd.model.image import Package, Suite
-from offloadd.model.system import SYSTEMS, nearest
+from offloadd.model.system import SystemName
 
 Version = Annotated[str, BeforeValidator(quoted_text), StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+~:_-]{0,63}$")]
 """Becomes a part of the build directory's name."""
@@ -50,7 +50,7 @@ class BuildRecipe(Value):
     env: dict[EnvName, Text] = Field(default={})
     date: Date | None = None
     cpu: Text | None = None
-    systems: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = ("x86_64-linux",)
+    systems: Annotated[tuple[SystemName, ...], Field(strict=False, min_length=1)] = ("x86_64-linux",)
     timeout: Duration | None = None
     max_silent_time: Duration | None = None
 
@@ -62,14 +62,6 @@ class BuildRecipe(Value):
             if not pattern or path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{pattern!r} leaves the build directory")
         return outputs
-
-    @field_validator("systems")
-    @classmethod
-    def _known_systems(cls, systems: tuple[str, ...]) -> tuple[str, ...]:
-        for system in systems:
-            if system not in SYSTEMS:
-                raise ValueError(f"unknown system type {system!r}: {nearest(system, SYSTEMS)}")
-        return systems
 
 
 class BuildRequest(Value):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,16 @@ SYSTEMS: dict[str, System] = {
         System(name="s390x-linux", triplet="s390x-linux-gnu", debian="s390x", qemu="s390x", bits=64),
     )
 }
+
+
+def _known(name: str) -> str:
+    if name not in SYSTEMS:
+        raise ValueError(f"unknown system type {name!r}: {nearest(name, SYSTEMS)}")
+    return name
+
+
+SystemName = Annotated[str, AfterValidator(_known)]
+"""The name of a system type, in a value that is read from YAML or from the API."""
 
 
 def nearest(name: str, known: object) -> str:
