@@ -41,7 +41,11 @@ def check_document(document: Document, kind: type[V], *, defaults: Mapping[str, 
 
 def _problems(exc: ValidationError, document: Document, kind: type[Value]) -> Iterable[Problem]:
     seen: set[tuple[int, str]] = set()
-    for error in exc.errors(include_url=False):
+    errors = exc.errors(include_url=False)
+    for error in errors:
+        # Items that are wrong do not count for pydantic: a list of them alone is "empty" too.
+        if error["type"] == "too_short" and any(other["loc"][:-1] == error["loc"] for other in errors):
+            continue
         path = tuple(part for part in error["loc"] if part != "[key]")
         line, field = document.line(path), field_name(path)
         message = _message(error, path, kind)
