@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from offloadd.errors import DaemonError, OffloadError, error_from_json
-from offloadd.paths import Paths, find_paths, make_private
+from offloadd.paths import Paths, check_ours, find_paths, make_private
 
 if TYPE_CHECKING:
     # pydantic takes a tenth of a second to import, and most commands do without.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 IDLE_TIMEOUT = "15m"
 """After which a daemon that was started in the background ends."""
 START_S = 20.0
+TRY_AGAIN_S = 1.5
+"""More than a daemon needs to come up."""
 
 Json = dict[str, Any]
 
@@ -37,6 +39,7 @@ class Client:
 
     def __init__(self, paths: Paths | None = None) -> None:
         self.paths = paths or find_paths()
+        check_ours(self.paths.runtime)
         # No TLS on a Unix socket: by default all certificates of the host would be loaded, which takes longer than a request.
         transport = httpx.HTTPTransport(uds=str(self.paths.socket), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         # No limit on reading: a build may be silent for an hour, and the daemon ends with its socket.
@@ -65,19 +68,19 @@ class Client:
         if self.answers():
             return
         log = make_private(self.paths.state) / self.paths.daemon_log.name
-        with log.open("ab") as output:
-            before = output.tell()
-            command = [sys.executable, "-m", "offloadd.daemon.main", "--idle-timeout", IDLE_TIMEOUT]
-            daemon = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True
-            )
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
+        before = log.stat().st_size if log.exists() else 0
+        began = time.monotonic()
+        daemon, tried = _spawn(log), began
+        while (now := time.monotonic()) < began + START_S:
             # A second `offload` may have been faster: its daemon is as good as ours, which then ends at once.
             if self.answers():
                 return
-            if daemon.poll() is not None and not self._somebody_else(daemon):
-                break
+            if daemon.poll() is not None:
+                if not self._somebody_else(daemon):
+                    break
+                # Unless that one was just ending.
+                if now > tried + TRY_AGAIN_S:
+                    daemon, tried = _spawn(log), now
             time.sleep(0.02)
         raise DaemonError("the daemon does not start", subject="offloadd", detail=_end_of(log, before), hint="offload doctor")
 
@@ -113,9 +116,10 @@ class Client:
                 if response.is_error:
                     response.read()
                     raise _error(response)
-                for line in response.iter_lines():
-                    if line:
-                        yield json.loads(line)
+                for line in _lines(response.iter_bytes()):
+                    yield json.loads(line)
+        except ValueError as exc:
+            raise DaemonError("sent an event that is no JSON", subject="offloadd", hint="offload daemon status") from exc
         except httpx.ReadTimeout:
             return
         except httpx.TransportError as exc:
@@ -155,6 +159,26 @@ class Client:
         except httpx.TransportError as exc:
             raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
         return True
+
+
+def _spawn(log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "offloadd.daemon.main", "--idle-timeout", IDLE_TIMEOUT]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True
+        )
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What stands between newlines.  httpx's own lines also end at characters that a build may print, as U+2028."""
+    rest: list[bytes] = []
+    for piece in pieces:
+        *whole, last = piece.split(b"\n")
+        for line in whole:
+            if text := b"".join([*rest, line]):
+                yield text
+            rest.clear()
+        rest.append(last)
 
 
 def _error(response: httpx.Response) -> OffloadError:

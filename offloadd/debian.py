@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from offloadd.errors import HostError, ImageError
+from offloadd.errors import HostError, ImageError, NotFoundError
 from offloadd.process import Progress, program_environment, read_program, run_program, silent
 
 _SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
@@ -166,7 +166,8 @@ async def bootstrap(
 
     Raises:
         HostError: mmdebstrap is missing.
-        ImageError: it failed, or the disk is full.
+        NotFoundError: the suite does not have one of the packages.
+        ImageError: it failed otherwise, or the disk is full.
     """
     apt_options = [line for line in await read_program(["apt-config", "dump"]) if _APT_OPTION.fullmatch(line)]
     # The host's proxies are nobody's business inside.
@@ -184,10 +185,29 @@ async def bootstrap(
     # INITRD=No: Debian's own initramfs is not used, and takes longer to make than the rest of the kernel's setup.
     extra = {"TMPDIR": str(scratch), "INITRD": "No"} | ({"SOURCE_DATE_EPOCH": str(epoch)} if epoch is not None else {})
     parser = ProgressParser(progress)
-    await run_program(
-        argv, on_line=parser.line, env=program_environment(extra), subject=subject, error=ImageError, disk=scratch
-    )
+    env = program_environment(extra)
+    try:
+        await run_program(
+            argv, on_line=parser.line, env=env, subject=subject, error=ImageError, disk=scratch, called="mmdebstrap"
+        )
+    except ImageError as exc:
+        if missing := missing_packages(exc.detail):
+            hint = "`packages` in the recipe, or `suite`"
+            raise NotFoundError(f"{suite} has no {' '.join(missing)} for {architecture}", subject=subject, hint=hint) from exc
+        raise
     progress("packages are installed", 1.0)
+
+
+_NO_PACKAGE = re.compile(
+    r"^E: (?:Unable to locate package |Package '|Version '\S+' for ')([^\s']+)"
+    r"(?:$|' has no installation candidate|' was not found)",
+    re.MULTILINE,
+)
+
+
+def missing_packages(said: str) -> list[str]:
+    """The packages that apt does not find, from its messages (apt-private/private-cacheset.cc)."""
+    return list(dict.fromkeys(_NO_PACKAGE.findall(said)))
 
 
 class ProgressParser:

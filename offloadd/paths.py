@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def find_paths() -> Paths:
         cache=base("XDG_CACHE_HOME", ".cache") / "offload",
         runtime=Path(runtime) / "offload" if runtime.startswith("/") else state / "run",
     )
+
+
+def check_ours(directory: Path) -> None:
+    """Raise `NotAllowedError` when `directory` belongs to another user than us or root: whoever serves there is not trusted."""
+    with suppress(FileNotFoundError):
+        if directory.lstat().st_uid not in (0, os.geteuid()):
+            hint = "is XDG_RUNTIME_DIR another user's?"
+            raise NotAllowedError("belongs to another user", subject=str(directory), hint=hint)
 
 
 def make_private(directory: Path) -> Path:

@@ -59,6 +59,7 @@ async def run_program(
     error: type[OffloadError] = HostError,
     disk: Path | None = None,
     terminate_limit_s: float = TERMINATE_LIMIT_S,
+    called: str = "",
 ) -> None:
     """Run `argv` to its end, standard output and error as one stream of lines for `on_line`.
 
@@ -68,6 +69,7 @@ async def run_program(
         stdin: a file for its standard input; by default there is nothing to read.
         subject: what errors are about.
         disk: where the program writes, named when the disk is full.
+        called: what errors call the program; by default the first word of `argv`, which may be but a wrapper.
 
     Raises:
         HostError: the program is missing, or the disk is full (then it is `error`).
@@ -96,7 +98,7 @@ async def run_program(
             # Somebody who left the group may still hold the pipe.
             reading.deadline = trio.current_time() + _DRAIN_LIMIT_S
     if process.returncode:
-        raise _failure(argv[0], process.returncode, list(tail), subject=subject, error=error, disk=disk)
+        raise _failure(called or argv[0], process.returncode, list(tail), subject=subject, error=error, disk=disk)
 
 
 async def read_program(argv: Sequence[str], *, subject: str = "", error: type[OffloadError] = HostError) -> list[str]:

@@ -16,7 +16,7 @@ from offload_cli.connection import open_client
 from offload_cli.follow import Ended, follow
 from offload_cli.phases import Phases, open_phases
 from offload_cli.request import Changes, check_directory, find_recipe, make_request
-from offload_cli.result import DEFAULT, FAILED, check_out, keep_result
+from offload_cli.result import DEFAULT, FAILED, check_out, default_out, keep_result
 from offload_cli.show import build_summary
 from offload_cli.terminal import LogStream, print_json, say, say_error
 from offload_cli.words import json_option, tail
@@ -93,7 +93,7 @@ def _order(directory: Path, changes: Changes, options: dict[str, Any], out: Path
     source = check_directory(directory)
     recipe = find_recipe(source, changes)
     request = make_request(recipe, options)
-    target = check_out(out or Path(DEFAULT) / f"{recipe.name}-{recipe.version}", source)
+    target = check_out(out or default_out(f"{recipe.name}-{recipe.version}"), source)
     return _Order(source=source, request=request, out=target, exclude=(target, Path(DEFAULT).resolve()))
 
 
@@ -128,6 +128,10 @@ def _follow_or_cancel(client: Client, build: str, phases: Phases, log: LogStream
             phases.pause()
             log.end()
             say("cancelling the build (Ctrl-C again: do not wait for it)")
+        client.cancel_build(build)
+        raise
+    except BaseException:
+        # Nobody follows it any more: standard error is closed, the connection broke.
         client.cancel_build(build)
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import typer
@@ -10,8 +11,11 @@ from offload_cli.complete import build_names
 from offload_cli.connection import open_client
 from offload_cli.show import build_summary, builds_table
 from offload_cli.terminal import LogStream, print_json, print_text, say
-from offload_cli.words import json_option
+from offload_cli.words import json_option, known_form
 
+_BUILD = typer.Argument(
+    metavar="BUILD", callback=known_form, autocompletion=build_names, help="Its id, as `offload builds` shows it."
+)
 _QUIET_S = 0.5
 """A log that says nothing for this long has been printed as far as it goes."""
 
@@ -38,8 +42,9 @@ def builds(limit: int = typer.Option(20, min=1, max=1000, help="How many."), as_
 
 
 def log(
-    build: str = typer.Argument(metavar="BUILD", autocompletion=build_names, help="Its id, as `offload builds` shows it."),
+    build: str = _BUILD,
     follow: bool = typer.Option(False, "-f", "--follow", help="Go on until the build ends."),
+    as_json: bool = typer.Option(False, "--json", help="Print all that happened in it, one JSON object a line, for programs."),
 ) -> None:
     """Print the log of a build.
 
@@ -52,14 +57,16 @@ def log(
     with open_client() as client:
         try:
             for event in client.stream("GET", f"/v1/builds/{build}/events", quiet_s=None if follow else _QUIET_S):
-                if event.get("event") == "log":
+                if as_json:
+                    print_text(json.dumps(event, ensure_ascii=False))
+                elif event.get("event") == "log":
                     stream.write(str(event["text"]))
         finally:
             stream.end()
 
 
 def cancel(
-    build: str = typer.Argument(metavar="BUILD", autocompletion=build_names, help="Its id, as `offload builds` shows it."),
+    build: str = _BUILD,
     as_json: bool = json_option(),
 ) -> None:
     """Cancel a build and wait until nothing of it is left; one that has ended stays as it is.

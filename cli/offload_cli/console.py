@@ -75,7 +75,8 @@ def _raw(terminal: int) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        # What is typed but not read yet goes: a guest can make a terminal answer, and the user's shell must not get that.
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
 
 
 def _copy(console: socket.socket, source: int | None) -> bool:

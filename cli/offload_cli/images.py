@@ -10,13 +10,15 @@ from offload_cli.complete import image_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import environments_table, image_text, images_table
 from offload_cli.terminal import print_json, print_text, say
-from offload_cli.words import json_option
+from offload_cli.words import json_option, known_form
 from offloadd.model.quantity import format_duration, format_size
 
 app = typer.Typer(help="The images that machines boot from.", no_args_is_help=True, rich_markup_mode=None)
 environments = typer.Typer(help="The root file systems that builds run in.", no_args_is_help=True, rich_markup_mode=None)
 
-_NAME = typer.Argument(metavar="NAME", autocompletion=image_names, help="The image's name, or the beginning of its digest.")
+_NAME = typer.Argument(
+    metavar="NAME", callback=known_form, autocompletion=image_names, help="The image's name, or the beginning of its digest."
+)
 
 
 @app.command("list")
@@ -37,7 +39,7 @@ def list_(as_json: bool = json_option()) -> None:
 
 @app.command()
 def build(
-    name: str = typer.Argument(metavar="NAME", autocompletion=image_names, help="The image's name."),
+    name: str = typer.Argument(metavar="NAME", callback=known_form, autocompletion=image_names, help="The image's name."),
     rebuild: bool = typer.Option(False, "--rebuild", help="Make it again, although it is there."),
     as_json: bool = json_option(),
 ) -> None:

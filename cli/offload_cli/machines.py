@@ -15,8 +15,8 @@ from offload_cli.complete import machine_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import machine_text, machines_table, short_path
 from offload_cli.terminal import clean, print_json, print_text, say
-from offload_cli.words import WithCommand, json_option, tail
-from offloadd.errors import NotFoundError, OffloadError, UsageError
+from offload_cli.words import WithCommand, json_option, known_form, tail
+from offloadd.errors import HostError, NotFoundError, UsageError
 from offloadd.model.quantity import format_duration
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The machines.", no_args_is_help=True, rich_markup_mode=None)
 
-_NAME = typer.Argument(metavar="NAME", autocompletion=machine_names, help="The machine's name.")
+_NAME = typer.Argument(metavar="NAME", callback=known_form, autocompletion=machine_names, help="The machine's name.")
 
 
 @app.command("list")
@@ -209,7 +209,7 @@ def _print_log(path: Path) -> None:
     try:
         text = path.read_bytes()
     except OSError as exc:
-        raise OffloadError(f"cannot be read: {exc.strerror}", subject=str(path)) from exc
+        raise HostError(f"cannot be read: {exc.strerror}", subject=str(path)) from exc
     if sys.stdout.isatty():
         print_text(clean(text.decode(errors="replace")).replace("\r", ""))
     else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 V = TypeVar("V", bound="Value")
 RECIPE = "offload.yaml"
+_NAMES = {"steps": "the command", "packages": "--package", "outputs": "--output"}
 
 
 def check_directory(directory: Path) -> Path:
@@ -57,10 +58,12 @@ def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
     defaults: dict[str, Any] = {"name": safe_name(directory.name)}
     if changes.command:
         defaults["steps"] = [shlex.join(changes.command)]
+        # What is wrong with it is not the file's fault.
+        bare = _checked(BuildRecipe, defaults, _NAMES)
     if file.exists():
         recipe = load_value(file, BuildRecipe, defaults=defaults)
     elif changes.command:
-        recipe = BuildRecipe.model_validate(defaults)
+        recipe = bare
     else:
         hint = f"write one, or say what is to be run: offload build {shlex.quote(str(directory))} -- COMMAND"
         raise NotFoundError(f"holds no {RECIPE}", subject=str(directory), hint=hint)
@@ -70,7 +73,7 @@ def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
         "packages": (*recipe.packages, *changes.packages),
         "outputs": (*recipe.outputs, *changes.outputs),
     }
-    return _checked(BuildRecipe, values, {"packages": "--package", "outputs": "--output"})
+    return _checked(BuildRecipe, values, _NAMES)
 
 
 def make_request(recipe: BuildRecipe, options: Mapping[str, Any]) -> BuildRequest:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 RECORD = "build.json"
 DEFAULT = "offload-out"
 FAILED = "failed"
+_MAX_RECORD_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,20 @@ class Result:
     size: int = 0
     """Bytes."""
     left_out: tuple[str, ...] = ()
+
+
+def default_out(name: str) -> Path:
+    """`offload-out/NAME` in the current directory, for a user who names no other place.
+
+    Raises:
+        UsageError: a link is there.  It may have come with the source, and lead anywhere.
+    """
+    out = Path(DEFAULT) / name
+    for path in (out.parent, out):
+        if path.is_symlink():
+            hint = "remove it, or choose a directory with --out"
+            raise UsageError("is a link, which could lead the result anywhere", subject=str(path), hint=hint)
+    return out
 
 
 def check_out(out: Path, source: Path) -> Path:
@@ -55,13 +71,20 @@ def check_out(out: Path, source: Path) -> Path:
             raise UsageError(what, subject=str(out), hint=hint)
     elif os.path.lexists(target):
         raise UsageError("--out is not a directory", subject=str(out))
+    # What a build gave takes its place by a rename beside it.
+    nearest = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--out cannot be made in {nearest}", subject=str(out), hint="choose a directory of yours")
     return target
 
 
 def _is_ours(record: Path) -> bool:
     try:
+        # What came with a source may be a fifo, or a link to a device that never ends.
+        if not stat.S_ISREG(record.lstat().st_mode) or record.lstat().st_size > _MAX_RECORD_BYTES:
+            return False
         found = json.loads(record.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"build", "state"} <= found.keys()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
+
+from offloadd.errors import NotFoundError
 
 EXIT_STATUSES = (
     "Exit statuses: 0 done, 1 the build failed, 2 wrong usage, 3 a file is wrong, 4 no machine can do this, 5 not found, "
@@ -32,6 +35,20 @@ def tail(ctx: typer.Context) -> tuple[str, ...]:
     """What stood after `--`."""
     words: tuple[str, ...] = ctx.meta.get(TAIL, ())
     return words
+
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}")
+
+
+def known_form(name: str) -> str:
+    """A name that may stand in an address of the API: no machine, image or build has one of another form.
+
+    Raises:
+        NotFoundError: it has another.
+    """
+    if not _NAME.fullmatch(name):
+        raise NotFoundError("there is nothing of that name", subject=repr(name))
+    return name
 
 
 def json_option() -> Any:

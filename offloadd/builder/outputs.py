@@ -21,6 +21,10 @@ MAX_MEMBERS = 1_000_000
 _MAX_LEFT_OUT = 1000
 _MAX_PART = 255
 """Linux's NAME_MAX in bytes."""
+_MAX_DEPTH = 256
+"""Of a name, in parts: programs that remove a tree recursively, as Python's own, fail below some 1000."""
+_MAX_MEAN_DEPTH = 32
+"""Of all names: each part may be a directory to be made, so that a small tar could fill a file system with them."""
 
 
 class OutputsReceiver:
@@ -95,8 +99,12 @@ def unpack_outputs(tar: Path, target: Path, *, max_members: int = MAX_MEMBERS) -
     """
     try:
         with tar.open("rb") as file:
+            parts = 0
             for member in TarReader(file, max_members=max_members):
                 _check(member)
+                parts += member.name.count("/") + 1
+                if parts > _MAX_MEAN_DEPTH * max_members:
+                    raise TarError("too many directories")
             file.seek(0)
             target.mkdir(parents=True, exist_ok=True)
             with _opened(os.open(target, os.O_RDONLY | os.O_DIRECTORY)) as top:
@@ -126,6 +134,8 @@ def _opened(descriptor: int) -> Iterator[int]:
 def _check(member: Member) -> None:
     if member.kind is Kind.HARD_LINK:
         raise TarError(f"{member.name!r} is a hard link")
+    if member.name.count("/") >= _MAX_DEPTH:
+        raise TarError(f"the name {member.name[:200]!r}... is nested too deeply")
     if any(len(os.fsencode(part)) > _MAX_PART for part in member.name.split("/")):
         raise TarError(f"the name {member.name[:200]!r}... is too long")
 

@@ -20,7 +20,8 @@ def prepare_source(sent: Path, fetched: Sequence[Path], target: Path, newest: in
         UsageError: what was sent is no tar that can be built from.
     """
     with sent.open("rb") as src, target.open("wb") as dst:
-        clamp_tar(src, dst, newest)
+        # The guest does not unpack a file over another.
+        clamp_tar(src, dst, newest, leave_out={path.name for path in fetched})
     if not fetched:
         return
     with tarfile.open(target, "a", format=tarfile.PAX_FORMAT) as tar:

@@ -31,6 +31,8 @@ LAST_WORDS_S = 2.0
 """For what a build service that ended has said."""
 CLOCK_TOLERANCE_S = 10.0
 MAX_LOG_BYTES = 1 << 30
+_LEAST_LOG_BYTES = 64
+"""What any piece of the log counts for: that much of an event is around each, and a guest may send single bytes."""
 
 DEFAULT_TIMEOUT_S = 24 * 3600.0
 DEFAULT_MAX_SILENT_S = 3600.0
@@ -187,7 +189,7 @@ class _Session:
                 raise self._broken(f"the guest sent a frame {frame.kind!r} out of order")
 
     def _log(self, data: bytes) -> None:
-        self._log_bytes += len(data)
+        self._log_bytes += max(len(data), _LEAST_LOG_BYTES)
         if self._log_bytes > MAX_LOG_BYTES:
             raise BuildFailedError(f"the build's log is larger than {MAX_LOG_BYTES >> 20} MiB")
         self._silence.deadline = trio.current_time() + self._job.max_silent_s

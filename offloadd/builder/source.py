@@ -110,17 +110,21 @@ def _content(path: Path, size: int) -> Iterator[bytes]:
     yield padding(size)
 
 
-def clamp_tar(src: BinaryIO, dst: BinaryIO, newest: int) -> None:
+def clamp_tar(src: BinaryIO, dst: BinaryIO, newest: int, *, leave_out: Collection[str] = ()) -> None:
     """Copy the tar `src` to `dst` with no file time after `newest`, in seconds since 1970.  Blocks: call it in a thread.
 
     `src` need not come from us: what a guest must not get (devices, names that lead out) is refused here.
 
+    Args:
+        leave_out: files and links of these names are not copied.
     Raises:
         UsageError: it is damaged, or has such members.
     """
     reader = TarReader(src)
     try:
         for member in reader:
+            if member.name in leave_out and member.kind is not Kind.DIRECTORY:
+                continue
             dst.write(replace(_clamped(member, newest), mode=member.mode & 0o777).header())
             for piece in reader.content():
                 dst.write(piece)

@@ -6,7 +6,9 @@ field's line.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,15 +68,28 @@ def read_document(path: Path) -> Document:
         ConfigError: it cannot be read, is no YAML, is no mapping, or names a key twice.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError([Problem(file=str(path), line=0, field="", message=f"larger than {MAX_BYTES} bytes")])
-        text = path.read_text(encoding="utf-8")
+        text = _read_bounded(path).decode("utf-8")
     except FileNotFoundError:
         raise NotFoundError("no such file", subject=str(path)) from None
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror or str(exc) if isinstance(exc, OSError) else f"not UTF-8 at byte {exc.start}"
         raise ConfigError([Problem(file=str(path), line=0, field="", message=reason)]) from exc
     return parse_document(text, str(path))
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def _read_bounded(path: Path) -> bytes:
+    """A source tree may come from anybody: its recipe may be a link to a device or a fifo, which would be read for ever."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError([Problem(file=str(path), line=0, field="", message="is not a regular file")])
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError([Problem(file=str(path), line=0, field="", message=f"larger than {MAX_BYTES} bytes")])
+    return data
 
 
 def parse_document(text: str, file: str) -> Document:

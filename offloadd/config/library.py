@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from offloadd.config.document import read_document
+from offloadd.config.document import Document, read_document
 from offloadd.config.load import check_document
 from offloadd.errors import ConfigError, NotFoundError, Problem
 from offloadd.model.image import ImageRecipe
@@ -46,30 +46,39 @@ def load_library(folders: Iterable[Path]) -> Library:
         ConfigError: with every problem of every file.
     """
     problems: list[Problem] = []
-    images: dict[str, tuple[ImageRecipe, Path, int]] = {}
-    machines: dict[str, tuple[Machine, Path, int]] = {}
+    # By name; the documents are there for wrong files too.
+    images: dict[str, Document] = {}
+    machines: dict[str, Document] = {}
+    recipes: dict[str, ImageRecipe] = {}
+    declared: dict[str, Machine] = {}
     for folder in folders:
-        images |= _load_folder(folder / "images", ImageRecipe, problems)
-        machines |= _load_folder(folder / "machines", Machine, problems)
-    for machine, path, line in machines.values():
-        if machine.image not in images:
-            message = f"there is no image called {machine.image!r}; {nearest(machine.image, images)}"
-            problems.append(Problem(file=str(path), line=line, field="image", message=message))
+        recipes |= _load_folder(folder / "images", ImageRecipe, images, problems)
+        declared |= _load_folder(folder / "machines", Machine, machines, problems)
+    problems += _unknown_images(machines.values(), images)
     if problems:
         raise ConfigError(problems)
     return Library(
-        machines={name: entry[0] for name, entry in machines.items()},
-        images={name: entry[0] for name, entry in images.items()},
-        folders={name: entry[1].parent for name, entry in images.items()},
+        machines=declared, images=recipes, folders={name: Path(document.file).parent for name, document in images.items()}
     )
 
 
-def _load_folder(folder: Path, kind: type[V], problems: list[Problem]) -> dict[str, tuple[V, Path, int]]:
-    found: dict[str, tuple[V, Path, int]] = {}
+def _unknown_images(machines: Iterable[Document], images: Collection[str]) -> Iterator[Problem]:
+    for document in machines:
+        image = document.values.get("image")
+        if isinstance(image, str) and image not in images:
+            message = f"there is no image called {image!r}; {nearest(image, images)}"
+            yield Problem(file=document.file, line=document.line(("image",)), field="image", message=message)
+
+
+def _load_folder(folder: Path, kind: type[V], documents: dict[str, Document], problems: list[Problem]) -> dict[str, V]:
+    """The values of the files that are right, by name; their documents, and those of wrong ones, are added to `documents`."""
+    found: dict[str, V] = {}
+    files: dict[str, str] = {}
     # Hidden ones are editors' own.
     for path in sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(".")):
         try:
             document = read_document(path)
+            documents[str(document.values.get("name", path.stem))] = document
             value = check_document(document, kind, defaults={"name": path.stem})
         except ConfigError as exc:
             problems += exc.problems
@@ -78,8 +87,7 @@ def _load_folder(folder: Path, kind: type[V], problems: list[Problem]) -> dict[s
             problems.append(Problem(file=str(path), line=0, field="", message=exc.what))
             continue
         if value.name in found:
-            first = found[value.name][1].name
-            line, message = document.line(("name",)), f"{value.name!r} is the name of {first} too"
+            line, message = document.line(("name",)), f"{value.name!r} is the name of {files[value.name]} too"
             problems.append(Problem(file=str(path), line=line, field="name", message=message))
-        found[value.name] = (value, path, document.line(("image",)))
+        found[value.name], files[value.name] = value, path.name
     return found

@@ -47,7 +47,7 @@ Work = Callable[[Progress], Awaitable[dict[str, Any]]]
 def make_api(service: Service) -> FastAPI:
     """The application for one service."""
     api = FastAPI(title="offload", version=__version__, docs_url=None, redoc_url=None)
-    _add_errors(api)
+    _add_errors(api, service)
     _add_activity(api, service)
     _add_daemon(api, service)
     _add_machines(api, service)
@@ -56,11 +56,15 @@ def make_api(service: Service) -> FastAPI:
     return api
 
 
-def _add_errors(api: FastAPI) -> None:
+def _add_errors(api: FastAPI, service: Service) -> None:
     @api.exception_handler(OffloadError)
     async def ours(_: Request, exc: OffloadError) -> JSONResponse:
         status = next((code for kind, code in _HTTP_STATUS.items() if isinstance(exc, kind)), 503)
         return JSONResponse(exc.to_json(), status_code=status)
+
+    @api.exception_handler(OSError)
+    async def the_hosts(_: Request, exc: OSError) -> JSONResponse:
+        return JSONResponse(host_error(exc, "offloadd", service.workshop.paths.state).to_json(), status_code=503)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, exc: RequestValidationError) -> JSONResponse:
@@ -95,12 +99,14 @@ def _add_daemon(api: FastAPI, service: Service) -> None:
 def _add_machines(api: FastAPI, service: Service) -> None:
     @api.get("/v1/machines")
     async def machines() -> list[dict[str, Any]]:
-        library = service.workshop.library()
-        return [views.machine_row(service, machine) for _, machine in sorted(library.machines.items())]
+        known = service.machines.declared() | service.workshop.library().machines
+        return [views.machine_row(service, machine) for _, machine in sorted(known.items())]
 
     @api.get("/v1/machines/{name}")
     async def machine(name: str) -> dict[str, Any]:
-        return views.machine_view(service, service.workshop.library().machine(name))
+        library = service.workshop.library()
+        undeclared = None if name in library.machines else service.machines.declared().get(name)
+        return views.machine_view(service, undeclared or library.machine(name))
 
     @api.post("/v1/machines/{name}/start")
     async def start(name: str) -> StreamingResponse:
@@ -113,8 +119,9 @@ def _add_machines(api: FastAPI, service: Service) -> None:
 
     @api.post("/v1/machines/{name}/stop")
     async def stop(name: str) -> dict[str, Any]:
+        declared = service.machines.declared().get(name)
         await service.machines.stop(name)
-        return views.machine_row(service, service.workshop.library().machine(name))
+        return views.machine_row(service, declared or service.workshop.library().machine(name))
 
 
 def _add_images(api: FastAPI, service: Service) -> None:

@@ -227,7 +227,7 @@ class Builds:
         (active.folder / "build.json").write_text(json.dumps(active.result, indent=2) + "\n")
         self._workshop.database.move_build(active.id, state, result=active.result)
         active.events.append("end", state=state, exit_status=error.exit_status if error else 0, result=active.result)
-        log.info("build ended", build=active.id, name=active.request.recipe.name, state=state)
+        log.info("build ended", build=active.id, name=active.request.recipe.name, state=str(state))
 
     def _summary(self, row: BuildRow) -> dict[str, Any]:
         return {"build": row.id, "name": row.name, "version": row.version, "created": row.created}

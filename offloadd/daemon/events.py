@@ -41,7 +41,8 @@ class EventLog:
         """
         if self.closed:
             return
-        line = json.dumps({"event": event, **fields}, ensure_ascii=False).encode() + b"\n"
+        # File names are bytes, and may be in an error: what is no text must not end the daemon.
+        line = json.dumps({"event": event, **fields}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         whole = self._file.tell()
         try:
             rest = line

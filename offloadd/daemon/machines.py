@@ -11,7 +11,16 @@ import structlog
 import trio
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import BootError, ConfigError, DaemonError, HostError, NotFoundError, OffloadError
+from offloadd.errors import (
+    BootError,
+    CancelledError,
+    ConfigError,
+    DaemonError,
+    HostError,
+    MachineLostError,
+    NotFoundError,
+    OffloadError,
+)
 from offloadd.guest.open import open_guest
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
@@ -32,8 +41,10 @@ log = structlog.get_logger()
 class RunningMachine:
     """One machine between its start and its end."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, declared: Machine | None) -> None:
         self.name = name
+        self.declared = declared
+        """As it was when it was started; None for one that was found again while the configuration is wrong."""
         self.instance: Instance | None = None
         self.guest: Guest | None = None
         """None while it boots, and while it is logged in to again."""
@@ -83,6 +94,10 @@ class Machines:
         found = self._running.get(name)
         return found if found and found.guest else None
 
+    def declared(self) -> dict[str, Machine]:
+        """Those that run, as they were when they were started: their files may be gone or wrong by now."""
+        return {name: running.declared for name, running in self._running.items() if running.declared is not None}
+
     async def start(self, name: str, progress: Progress = silent) -> RunningMachine:
         """Start the machine, or join a start that is under way; returns when one can talk to it.
 
@@ -94,12 +109,12 @@ class Machines:
         machine = self._workshop.library().machine(name)
         running = self._running.get(name)
         if running is None:
-            running = self._running[name] = RunningMachine(name)
+            running = self._running[name] = RunningMachine(name, machine)
             self._nursery.start_soon(self._own, running, machine)
         while running.guest is None:
             progress(*running.phase)
             if running.ended.is_set():
-                raise running.error or OffloadError("was stopped while it started", subject=name)
+                raise running.error or CancelledError("was stopped while it started", subject=name)
             await running.changed.park()
         return running
 
@@ -205,7 +220,7 @@ class Machines:
         else:
             state, reason, detail = MachineState.STOPPED, "stopped by us", ""
         self._move(running.name, state, reason, detail if state is MachineState.CRASHED or running.error else "")
-        log.info("machine ended", machine=running.name, state=state, reason=reason)
+        log.info("machine ended", machine=running.name, state=str(state), reason=reason)
         running.guest = None
         del self._running[running.name]
         running.ended.set()
@@ -217,7 +232,7 @@ class Machines:
             try:
                 database.move_machine(name, state, reason, detail)
             except HostError as exc:
-                log.error("state not stored", machine=name, state=state, error=str(exc))
+                log.error("state not stored", machine=name, state=str(state), error=str(exc))
             except ValueError as exc:
                 # A guest that powers off while we ask it to: both are true, the first to be seen stays.
                 log.warning("state not moved", machine=name, error=str(exc))
@@ -236,8 +251,9 @@ class Machines:
             record = read_record(directory / "instance.json")
             # One that was never let go has nothing in it worth keeping.
             if record is not None and record.began and record.purpose == "machine" and self._declared(record.plan.machine):
-                names.add(record.plan.machine)
-                running = self._running[record.plan.machine] = RunningMachine(record.plan.machine)
+                name = record.plan.machine
+                names.add(name)
+                running = self._running[name] = RunningMachine(name, self._declaration(name))
                 self._nursery.start_soon(self._adopt, running, directory, record)
             else:
                 await self._end_left(directory)
@@ -254,7 +270,7 @@ class Machines:
                 logs = self._log_folder(running.name)
                 async with adopt_instance(directory, logs=logs, bridge=shop.bridge) as running.instance:
                     if running.instance is None:
-                        raise OffloadError("ended while no daemon ran", subject=running.name)
+                        raise MachineLostError("ended while no daemon ran", subject=running.name)
                     log.info("machine adopted", machine=running.name, pid=record.pid)
                     # The earlier daemon may have been killed before it sent the secrets.
                     fresh = shop.database.machine(running.name).state is MachineState.STARTING
@@ -279,6 +295,12 @@ class Machines:
         except ConfigError as exc:
             log.error("the configuration is wrong", error=str(exc))
             return True
+
+    def _declaration(self, name: str) -> Machine | None:
+        try:
+            return self._workshop.library().machines.get(name)
+        except ConfigError:
+            return None
 
     async def _end_left(self, directory: Path) -> None:
         logs = self._workshop.paths.logs / "lost" / directory.name

@@ -26,7 +26,7 @@ from offloadd.errors import BuildFailedError, MachineLostError, TransientError
 from offloadd.guest.open import open_guest
 from offloadd.guest.ssh import Guest
 from offloadd.model.machine import Machine
-from offloadd.model.quantity import format_date
+from offloadd.model.quantity import format_date, format_size
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
 from offloadd.plan.machine import VmPlan, plan_for_build
@@ -198,6 +198,7 @@ async def _build(active: ActiveBuild, place: _Place, environment: Environment, s
         max_silent_s=request.max_silent_s or DEFAULT_MAX_SILENT_S,
         keep_failed=request.keep_failed,
     )
+    active.tell(f"sending the source into the guest ({format_size(source.stat().st_size)})")
     try:
         await place.instance.attach_disk(environment.path, serial)
         with open_outputs_receiver(active.outputs) as outputs:

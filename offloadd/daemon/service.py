@@ -90,11 +90,13 @@ class Service:
                     log.error("auto-start failed", machine=name, error=str(exc))
 
     def check_image_unused(self, name: str) -> None:
-        """Raise `NotAllowedError` when an instance runs on the image."""
+        """Raise `NotAllowedError` when an instance runs on the image (or on the one whose digest begins with `name`)."""
+        chosen = {image.digest for image in self.workshop.images.called(name)}
         for record in read_records(self.workshop.paths.instances):
-            if name in (record.plan.boot.image, record.plan.boot.digest):
+            if record.plan.boot.digest in chosen:
                 user = record.plan.instance
-                raise NotAllowedError(f"{user} runs on it", subject=name, hint=f"offload vm stop {user}")
+                hint = f"offload vm stop {user}" if record.purpose == "machine" else "wait for the build, or cancel it"
+                raise NotAllowedError(f"{user} runs on it", subject=name, hint=hint)
 
     async def collect_garbage(self) -> dict[str, Sequence[str]]:
         """Remove images and environments that nobody needs; the digests that went."""

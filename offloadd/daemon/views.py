@@ -9,6 +9,7 @@ from typing import Any
 from offloadd import __version__
 from offloadd.daemon.service import Service
 from offloadd.daemon.workshop import Workshop
+from offloadd.errors import ImageError
 from offloadd.image.store import Image
 from offloadd.model.image import ImageRecipe
 from offloadd.model.machine import SSH_PORT, Machine
@@ -34,9 +35,10 @@ def status_view(service: Service) -> dict[str, Any]:
 
 
 def machine_row(service: Service, machine: Machine) -> dict[str, Any]:
-    """One line of `offload vm list`."""
+    """One line of `offload vm list`: what runs, else what is declared (its file may have changed since it was started)."""
     row = service.workshop.database.machine(machine.name)
     record = _record(service.workshop, machine.name)
+    plan = record.plan if record else None
     return {
         "name": machine.name,
         "kind": machine.kind,
@@ -44,11 +46,11 @@ def machine_row(service: Service, machine: Machine) -> dict[str, Any]:
         "since": row.since,
         "reason": row.reason,
         "systems": list(machine.systems),
-        "image": machine.image,
-        "date": format_date(machine.date),
-        "cpu": record.plan.cpu if record else machine.cpu,
-        "cpu_count": machine.cpu_count,
-        "memory_mib": machine.memory_size,
+        "image": plan.boot.image if plan else machine.image,
+        "date": format_date(plan.date if plan else machine.date),
+        "cpu": plan.cpu if plan else machine.cpu,
+        "cpu_count": plan.cpu_count if plan else machine.cpu_count,
+        "memory_mib": plan.memory_mib if plan else machine.memory_size,
         "ssh_port": record.ports.get(SSH_PORT) if record else None,
     }
 
@@ -104,8 +106,11 @@ async def image_rows(shop: Workshop) -> list[dict[str, Any]]:
     for name, recipe in sorted(library.images.items()):
         digest = await shop.images.digest(recipe, library.folders[name])
         current.add(digest)
-        image = shop.images.find(digest)
-        rows.append(_image_row(recipe, digest, image, "ready" if image else "not built"))
+        try:
+            image = shop.images.find(digest)
+            rows.append(_image_row(recipe, digest, image, "ready" if image else "not built"))
+        except ImageError:  # whoever lists them sees the others all the same
+            rows.append(_image_row(recipe, digest, None, "damaged"))
     old = [image for image in shop.images.list() if image.digest not in current]
     return rows + [_image_row(image.recipe, image.digest, image, "superseded") for image in old]
 

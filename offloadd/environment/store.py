@@ -32,11 +32,6 @@ class Environment:
     size: int
     sparse_sha256: str
 
-    @property
-    def serial(self) -> str:
-        """The serial number of its disk in a guest: at most 20 characters (virtio-blk)."""
-        return f"env-{self.digest[:12]}"
-
     def to_json(self) -> dict[str, Any]:
         return {
             "digest": self.digest,

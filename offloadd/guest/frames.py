@@ -38,6 +38,8 @@ class Frame:
         """The payload as a JSON object; ProtocolError when it is none."""
         try:
             value = json.loads(self.payload.decode("utf-8"))
+            # Half a surrogate pair ("\\ud800") is JSON, but no text that could be stored or shown again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as exc:
             raise ProtocolError(f"the guest sent a frame {self.kind!r} that is not JSON") from exc
         if not isinstance(value, dict):

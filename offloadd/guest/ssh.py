@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import asyncssh
@@ -13,6 +13,7 @@ import trio
 from offloadd.bridge import Bridge
 from offloadd.errors import SshError
 from offloadd.guest.secret_root import ACCOUNT, SecretRoot
+from offloadd.vm.console import clean
 
 logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
 
@@ -20,8 +21,27 @@ PIECE = 64 * 1024
 RETRY_S = 0.2
 LOGIN_S = 30.0
 """One handshake costs a guest under TCG 1.5 s when it is alone on the host's core."""
+OPEN_S = 60.0
+"""For a guest to start a program, which takes it a fraction of a second."""
 
 _LOST = (asyncssh.ConnectionLost, asyncssh.DisconnectError, asyncssh.ChannelOpenError, OSError)
+
+
+@contextmanager
+def _mapped(what: str, machine: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is an SshError.
+
+    Not only the library's own errors: bytes of a hostile guest that its decoders do not expect come out as any exception (a
+    banner that is not ASCII as UnicodeDecodeError), and that must end no more than what is done with this guest.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raise _error(what, machine, exc) from exc
+
+
+def _error(what: str, machine: str, exc: Exception) -> SshError:
+    return SshError(f"{what}: {clean(str(exc))[:300] or type(exc).__name__}", subject=machine)
 
 
 class GuestProcess:
@@ -32,9 +52,6 @@ class GuestProcess:
         self._process = process
         self._machine = machine
 
-    def _lost(self, exc: Exception) -> SshError:
-        return SshError(f"the connection broke: {exc}", subject=self._machine)
-
     async def send(self, data: bytes) -> None:
         """Write to standard input, waiting while the guest is slow."""
 
@@ -42,37 +59,27 @@ class GuestProcess:
             self._process.stdin.write(data)
             await self._process.stdin.drain()
 
-        try:
+        with _mapped("the connection broke", self._machine):
             await self._bridge.call(write)
-        except _LOST as exc:
-            raise self._lost(exc) from exc
 
     async def send_eof(self) -> None:
-        try:
+        with _mapped("the connection broke", self._machine):
             await self._bridge.run_sync(self._process.stdin.write_eof)
-        except _LOST as exc:
-            raise self._lost(exc) from exc
 
     async def receive(self) -> bytes:
         """Up to `PIECE` bytes of standard output; empty at its end."""
-        try:
+        with _mapped("the connection broke", self._machine):
             return await self._bridge.call(self._process.stdout.read, PIECE)
-        except _LOST as exc:
-            raise self._lost(exc) from exc
 
     async def receive_error(self) -> bytes:
         """The same for standard error."""
-        try:
+        with _mapped("the connection broke", self._machine):
             return await self._bridge.call(self._process.stderr.read, PIECE)
-        except _LOST as exc:
-            raise self._lost(exc) from exc
 
     async def wait(self) -> int:
         """The exit status; 128+N after signal N, 255 when the connection broke first."""
-        try:
+        with _mapped("the connection broke", self._machine):
             done = await self._bridge.call(self._process.wait)
-        except _LOST as exc:
-            raise self._lost(exc) from exc
         status = done.returncode
         return 255 if status is None else status if status >= 0 else 128 - status
 
@@ -104,10 +111,11 @@ class Guest:
         async def create() -> asyncssh.SSHClientProcess[bytes]:
             return await self._connection.create_process(command, encoding=None)
 
-        try:
+        process = None
+        with _mapped("cannot run a command", self._machine), trio.move_on_after(OPEN_S):
             process = await self._bridge.call(create)
-        except _LOST as exc:
-            raise SshError(f"cannot run a command: {exc}", subject=self._machine) from exc
+        if process is None:
+            raise SshError(f"the guest did not start a program within {OPEN_S:.0f} s", subject=self._machine)
         opened = GuestProcess(self._bridge, process, self._machine)
         try:
             yield opened
@@ -175,6 +183,8 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
         except _LOST:
             # QEMU takes the connection before the guest's sshd does: only a handshake proves that somebody is there.
             await trio.sleep(RETRY_S)
+        except Exception as exc:
+            raise _error("the guest speaks no SSH that is understood", secrets.machine, exc) from exc
 
 
 def ssh_argv(port: int, secrets: SecretRoot, known_hosts: Path, command: Sequence[str] = ()) -> list[str]:

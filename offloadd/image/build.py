@@ -96,6 +96,7 @@ def _spool(files: Sequence[GuestContent], room: Path) -> list[PlanFile]:
     planned = []
     for number, file in enumerate(files):
         source = room / f"file-{number}"
+        source.touch(mode=0o600)  # others may enter the room, and a recipe's file may be for nobody else
         source.write_bytes(file.content)
         planned.append(PlanFile(path=file.path, mode=file.mode, source=str(source)))
     return planned

@@ -125,11 +125,15 @@ class ImageStore:
 
     async def remove(self, name: str) -> Sequence[Image]:
         """Remove every image called `name` (or the one with that digest); those removed. Raises NotFoundError."""
-        first = self.show(name)
-        chosen = [image for image in self.list() if image.name == name] or [first]
+        chosen = self.called(name)
         for image in chosen:
             await self._cache.remove(image.digest)
         return chosen
+
+    def called(self, name: str) -> Sequence[Image]:
+        """Every image called `name`, or the one with that digest. Raises NotFoundError."""
+        first = self.show(name)
+        return [image for image in self.list() if image.name == name] or [first]
 
     async def gc(self, keep: Collection[str]) -> Sequence[str]:
         """Remove all images whose digest is not in `keep`, and what killed builds left; the digests removed."""
@@ -174,5 +178,5 @@ def _load(directory: Path) -> Image:
             files=data["files"],
         )
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as exc:
-        hint = "remove it with `offload image gc`, then build it again"
+        hint = "`offload image build --rebuild` makes it again"
         raise ImageError(f"its manifest cannot be read: {exc}", subject=directory.name, hint=hint) from exc

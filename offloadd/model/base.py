@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints
 
 from offloadd.model.quantity import format_date, parse_date, parse_duration, parse_size
 
@@ -31,10 +31,17 @@ def quoted_text(value: object) -> object:
     return value
 
 
+def portable_text(value: str) -> str:
+    """No system call takes NUL, and what is no character (a byte of a shell that was not UTF-8) has no form in JSON."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{value!r} has a character in it that cannot be sent: only UTF-8 without NUL")
+    return value
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}$")]
 """The name of a machine, image or recipe: safe as a file name everywhere."""
 
-Text = Annotated[str, BeforeValidator(quoted_text)]
+Text = Annotated[str, BeforeValidator(quoted_text), AfterValidator(portable_text)]
 Date = Annotated[datetime, BeforeValidator(parse_date), PlainSerializer(format_date, return_type=str)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 """Seconds."""

@@ -44,7 +44,7 @@ def judge(
         fault: why we had to kill it.
     """
     names = [event["event"] for event in events]
-    causes = [str(event.get("data", {}).get("reason", "")) for event in events if event["event"] == "SHUTDOWN"]
+    causes = [_cause(event.get("data")) for event in events if event["event"] == "SHUTDOWN"]
     if fault:
         state, reason = MachineState.CRASHED, fault
     elif "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and "Kernel panic - not syncing" in console):
@@ -59,6 +59,11 @@ def judge(
     else:
         state, reason = MachineState.CRASHED, f"QEMU ended by itself ({_exit_words(exit_status)})"
     return Outcome(state=state, reason=reason, exit_status=exit_status, stderr=stderr, console=console)
+
+
+def _cause(data: object) -> str:
+    """A guest that has broken out sends events of any shape."""
+    return str(data.get("reason", "")) if isinstance(data, Mapping) else ""
 
 
 def _exit_words(status: int | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import trio
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient
 from qemu.qmp.message import Message
 
 from offloadd.bridge import Bridge
@@ -21,6 +21,23 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 # A guest can cause others at will, for instance by setting its clock: they are not kept.
 _KEPT_EVENTS = ("SHUTDOWN", "POWERDOWN", "GUEST_PANICKED")
+_MAX_EVENTS = 100
+"""Kept of these; an honest QEMU sends one or two."""
+ANSWER_S = 60.0
+"""For QEMU to answer a command, which takes it milliseconds."""
+
+
+@contextmanager
+def _mapped(what: str, instance: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is a MachineLostError.
+
+    Not only the library's own errors: a guest that has broken out speaks for its QEMU, and an answer of another shape, or a
+    line that is too long, too deep or no text, comes out as any exception.  That must end no more than this machine.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raise MachineLostError(what, subject=instance) from exc
 
 
 class Qmp:
@@ -39,12 +56,12 @@ class Qmp:
             MachineLostError: QEMU refused it or went away.
         """
         given = {key.replace("_", "-"): value for key, value in arguments.items()}
-        try:
-            return await self._bridge.call(self._client.execute, command, given or None)
-        except ExecuteError as exc:
-            raise MachineLostError(f"QEMU refused {command}: {exc}", subject=self._instance) from exc
-        except (QMPError, OSError, EOFError) as exc:
-            raise MachineLostError(f"QEMU went away during {command}", subject=self._instance) from exc
+        with _mapped(f"QEMU went away during {command}", self._instance), trio.fail_after(ANSWER_S):
+            try:
+                return await self._bridge.call(self._client.execute, command, given or None)
+            except ExecuteError as exc:
+                refusal = f"QEMU refused {command}: {exc}"
+        raise MachineLostError(refusal, subject=self._instance)
 
     async def human(self, command: str) -> str:
         """Run a command of the human monitor, for what QMP does not have."""
@@ -68,12 +85,10 @@ class Qmp:
             answer = await self._client.execute("add-fd")
             return int(answer["fdset-id"])  # type: ignore[index]
 
-        try:
+        with _mapped("QEMU does not take a file", self._instance), trio.fail_after(ANSWER_S):
             # QEMU holds one descriptor for the next command that wants one: two at a time would be mistaken for each other.
             async with self._handing:
                 number = await self._bridge.call(send)
-        except (QMPError, OSError, EOFError) as exc:
-            raise MachineLostError("QEMU does not take a file", subject=self._instance) from exc
         try:
             yield f"/dev/fdset/{number}"
         finally:
@@ -99,10 +114,8 @@ class Qmp:
                     if isinstance(data, dict) and data.get("nospace"):
                         return
 
-        try:
+        with _mapped("QEMU went away", self._instance):
             await self._bridge.call(wait)
-        except (QMPError, OSError, EOFError) as exc:
-            raise MachineLostError("QEMU went away", subject=self._instance) from exc
 
     async def unplug(self, device: str) -> None:
         """Take a device away and wait until the guest has let go of it.
@@ -119,10 +132,8 @@ class Qmp:
                     if isinstance(data, dict) and data.get("device") == device:
                         return
 
-        try:
+        with _mapped(f"QEMU does not give back {device}", self._instance):
             await self._bridge.call(remove)
-        except (QMPError, OSError, EOFError) as exc:
-            raise MachineLostError(f"QEMU does not give back {device}", subject=self._instance) from exc
 
 
 @asynccontextmanager
@@ -134,13 +145,12 @@ async def open_qmp(bridge: Bridge, socket: Path, instance: str) -> AsyncIterator
     """
     client = QMPClient(instance)
     client.events.names = set(_KEPT_EVENTS)
-    try:
+    client.events.event_filter = lambda _: len(client.events.history) < _MAX_EVENTS
+    with _mapped("QEMU's monitor does not answer", instance):
         await bridge.call(client.connect, str(socket))
-    except (QMPError, OSError) as exc:
-        raise MachineLostError("QEMU's monitor does not answer", subject=instance) from exc
     try:
         yield Qmp(bridge, client, instance)
     finally:
         with trio.move_on_after(5, shield=True):
-            with suppress(QMPError, OSError, EOFError):  # QEMU was there first
+            with suppress(Exception):  # QEMU was there first; or what it said last was nonsense, which is raised here again
                 await bridge.call(client.disconnect)

@@ -75,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             if event["event"] == "wait":
                 self._wait_cancelled()
                 return
-            self.wfile.write(json.dumps(event).encode() + b"\n")
+            # As the daemon writes them: not escaped.
+            self.wfile.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
             self.wfile.flush()
 
     def _wait_cancelled(self) -> None:
@@ -167,6 +168,17 @@ def test_build(daemon: StubDaemon) -> None:
         assert tar.getnames() == ["file"], "the result of an earlier build is no source"
 
 
+def test_a_log_with_all_kinds_of_line_ends(daemon: StubDaemon) -> None:
+    text = "a\u2028b\u0085c\x0bd\x1ce\rf\n" + "long " * 100_000 + "\n"
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [{"event": "log", "text": text}, END]
+    process = daemon.start("build", "p", "--", "make")
+    assert process.stdout is not None
+    # Bytes: Python would translate the carriage return.
+    out = process.stdout.buffer.read()  # type: ignore[attr-defined]
+    assert process.wait(timeout=60) == 0
+    assert out.decode() == text
+
+
 def test_json_is_all_that_is_on_standard_output(daemon: StubDaemon) -> None:
     out, err = daemon.run("build", "--json", "p", "--", "make")
     assert json.loads(out)["out"] == str(daemon.root / "offload-out/p-0")
@@ -208,6 +220,19 @@ def test_a_daemon_that_goes_away(daemon: StubDaemon) -> None:
     assert "ended during the build" in err
 
 
+def test_nobody_follows_any_more(daemon: StubDaemon) -> None:
+    """The terminal of standard error is gone: a build that nobody hears of is not left running."""
+    step = {"event": "step", "index": 1, "count": 1, "command": "make"}
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [step, {"event": "wait"}]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "offload_cli", "build", "p", "--", "make"]
+    done = subprocess.run(command, env=daemon.env, cwd=daemon.root, stdout=writer, stderr=writer, timeout=30, check=False)
+    os.close(writer)
+    assert done.returncode != 0
+    assert f"POST /v1/builds/{BUILD}/cancel" in daemon.asked
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_cancel_the_build(daemon: StubDaemon, number: signal.Signals) -> None:
     daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]
@@ -242,9 +267,18 @@ def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> Non
     assert daemon.asked == []
 
 
+@pytest.mark.parametrize("name", ["", "..", "../status", "a/b", "x?y", "50%"])
+def test_a_name_that_would_lead_elsewhere(daemon: StubDaemon, name: str) -> None:
+    for command in (("vm", "show"), ("vm", "stop"), ("image", "rm"), ("log",), ("cancel",)):
+        assert "nothing of that name" in daemon.run(*command, name, status=5)[1]
+    assert daemon.asked == []
+
+
 def test_log_without_follow_ends_although_the_build_goes_on(daemon: StubDaemon) -> None:
     daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]
     assert daemon.run("log", BUILD)[0] == LOG["text"]
+    daemon.asked.clear()
+    assert [json.loads(line) for line in daemon.run("log", "--json", BUILD)[0].splitlines()] == [LOG]
 
 
 def test_a_reader_that_has_enough(daemon: StubDaemon) -> None:

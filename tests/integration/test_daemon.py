@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,24 @@ import pytest
 
 import offloadd
 from offloadd.client import Client
-from offloadd.errors import ConfigError, DaemonError, NoMachineError, NotFoundError, UsageError
+from offloadd.errors import (
+    ConfigError,
+    DaemonError,
+    HostError,
+    ImageError,
+    NoMachineError,
+    NotAllowedError,
+    NotFoundError,
+    UsageError,
+)
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState, MachineState
 from offloadd.paths import Paths
 from offloadd.store.database import open_database
 from offloadd.vm.record import InstanceRecord, write_record
 
-from ..unit.plans import plan
+from ..unit.plans import BOOT, plan
+from ..unit.test_image_store import place_image
 
 
 class Daemon:
@@ -266,6 +278,36 @@ def test_wrong_configuration_is_told_to_whoever_asks(daemon: Daemon) -> None:
         assert [machine["name"] for machine in client.get("/v1/machines")] == ["a", "build-vm"]
 
 
+def test_what_the_host_refuses_is_told(daemon: Daemon) -> None:
+    with daemon.start() as client:
+        daemon.paths.builds.rmdir()
+        daemon.paths.builds.write_text("in the way")
+        with pytest.raises(HostError, match=r"File exists|Not a directory"):
+            client.create_build(request(), iter([b""]))
+        assert client.get("/v1/builds") == []
+
+
+def test_images_in_use_and_damaged_ones(daemon: Daemon) -> None:
+    used = place_image(daemon.paths.cache / "images", "b" * 64)
+    with daemon.start() as client:
+        (current, old) = client.get("/v1/images")
+        assert (current["state"], old["state"], old["digest"]) == ("not built", "superseded", "b" * 64)
+        damaged = daemon.paths.cache / "images" / current["digest"]
+        damaged.mkdir()
+        assert [row["state"] for row in client.get("/v1/images")] == ["damaged", "superseded"]
+        with pytest.raises(ImageError) as caught:
+            client.get("/v1/images/debian")
+        assert "offload image build --rebuild" in caught.value.hint
+        directory = left_over(daemon, "user", "machine", digest="b" * 64)
+        for name in ("debian", "b" * 64, "b" * 12):
+            with pytest.raises(NotAllowedError, match="user runs on it"):
+                client.delete(f"/v1/images/{name}")
+        assert client.post("/v1/images/gc")["images"] == []
+        shutil.rmtree(directory)
+        assert client.delete(f"/v1/images/{'b' * 12}") == ["b" * 64]
+    assert not used.exists()
+
+
 def test_nobody_can_do_it(daemon: Daemon) -> None:
     with daemon.start() as client:
         with pytest.raises(NotFoundError, match="no machine called 'nothing'"):
@@ -391,13 +433,13 @@ def test_builds_of_a_killed_daemon_are_told_to_be_lost(daemon: Daemon) -> None:
         assert client.get(f"/v1/builds/{build}")["state"] == BuildState.ERRORED
 
 
-def left_over(daemon: Daemon, name: str, purpose: Any, started: int = 1) -> Path:
+def left_over(daemon: Daemon, name: str, purpose: Any, started: int = 1, digest: str = "abc") -> Path:
     """The directory of an instance whose QEMU is gone."""
     directory = daemon.paths.instances / name
     directory.mkdir(parents=True)
     (directory / "console.log").write_text("last words\n")
     record = InstanceRecord(
-        plan=plan(name),
+        plan=replace(plan(name), boot=replace(BOOT, digest=digest)),
         pid=2**22 - 1,
         started=started,
         ports={22: 1, 1004: 2},
@@ -464,6 +506,25 @@ def test_the_client_starts_a_daemon_when_none_answers(daemon: Daemon, monkeypatc
             time.sleep(0.05)
         while Path(f"/proc/{pid}").exists() and "(python) Z" not in Path(f"/proc/{pid}/stat").read_text():
             assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_client_starts_another_daemon_when_the_first_was_just_ending(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in daemon.env.items():
+        monkeypatch.setenv(name, value)
+    daemon.paths.state.mkdir(parents=True)
+    with (daemon.paths.state / "offloadd.lock").open("w") as lock, Client(daemon.paths) as client:
+        # As one that does not serve any more, and is not gone yet.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ending = threading.Timer(1.0, fcntl.flock, [lock, fcntl.LOCK_UN])
+        ending.start()
+        client.ensure_daemon()
+        ending.join()
+        client.post("/v1/stop")
+        deadline = time.monotonic() + 20
+        while client.answers() and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

@@ -62,7 +62,7 @@ class Served:
         self.machines = machines
         self.database = database
         self.stand_in = StandIn(server.port)
-        self.running = RunningMachine("vm")
+        self.running = RunningMachine("vm", None)
         self.running.instance = cast(Instance, self.stand_in)
         self.running.secrets = secrets
         self.done = trio.Event()

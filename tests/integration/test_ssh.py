@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -13,9 +14,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
+import asyncssh
 import pytest
 import trio
 
@@ -210,6 +213,23 @@ async def test_another_host_key_is_told_at_once(server: Server, bridge: Bridge, 
     assert str(server.port) in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "said", [b"SSH-2.0-\xff\r\n", b"SSH-2.0-x\r\n\0\0\0\x0c\x0a\x14" + bytes(100)], ids=["not ASCII", "a packet cut off"]
+)
+async def test_nonsense_of_a_guest_is_an_error_of_ours(said: bytes, bridge: Bridge, tmp_path: Path) -> None:
+    async def speak(stream: trio.SocketStream) -> None:
+        await stream.send_all(said)
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        listeners: list[trio.SocketListener] = await nursery.start(partial(trio.serve_tcp, speak, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        with trio.fail_after(20), pytest.raises(SshError, match="speaks no SSH that is understood"):
+            async with open_ssh(bridge, port, ensure_secret_root("hostile", tmp_path)):
+                pass
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_key_that_is_refused_is_told_at_once(server: Server, bridge: Bridge, tmp_path: Path) -> None:
     stranger = ensure_secret_root("vm", tmp_path / "secrets", server.secrets.root)
     authorized = server.secrets.root / "etc/ssh/authorized_keys.d/offloading"
@@ -296,6 +316,18 @@ async def test_a_connection_that_breaks(bridge: Bridge, server: Server) -> None:
     finally:
         process.terminate()
         process.wait()
+
+
+async def test_a_guest_that_never_starts_the_program(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        async def create_process(self, command: str, encoding: str | None) -> None:
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(ssh, "OPEN_S", 0.1)
+    guest = Guest(bridge, cast("asyncssh.SSHClientConnection", Connection()), "vm")
+    with trio.fail_after(10), pytest.raises(SshError, match="did not start a program"):
+        async with guest.open_process("true"):
+            pass
 
 
 STARTED = encode(b"E", b'{"event": "started", "clock": 5.0, "cpu": "c"}')

@@ -57,14 +57,26 @@ def test_a_wrong_file_names_its_lines(project: Path) -> None:
     assert [problem.line for problem in caught.value.problems] == [1, 1, 2]
 
 
+@pytest.mark.parametrize("text", [r"echo \ud800", r"echo \0"])
+def test_text_that_cannot_be_sent(project: Path, text: str) -> None:
+    (project / "offload.yaml").write_text(f'version: "1"\nsteps: ["{text}"]\nenv: {{A: "{text}"}}\n')
+    with pytest.raises(ConfigError, match="cannot be sent") as caught:
+        find_recipe(project, Changes())
+    assert [(problem.line, problem.field) for problem in caught.value.problems] == [(2, "steps[0]"), (3, "env.A")]
+
+
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
         (Changes(command=("x",), packages=("UPPER",)), "--package: 'UPPER'"),
         (Changes(command=("x",), outputs=("../x",)), "--output: '../x'"),
+        (Changes(command=("echo", "\udcff")), "the command: .*only UTF-8 without NUL"),
     ],
 )
-def test_a_wrong_change_names_its_option(project: Path, changes: Changes, option: str) -> None:
+@pytest.mark.parametrize("file", [True, False])
+def test_a_wrong_change_names_its_option(project: Path, changes: Changes, option: str, file: bool) -> None:
+    if file:
+        (project / "offload.yaml").write_text("packages: [gcc]\n")
     with pytest.raises(UsageError, match=option):
         find_recipe(project, changes)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offload_cli.result import check_out, keep_result
+from offload_cli.result import check_out, default_out, keep_result
 from offloadd.errors import ProtocolError, UsageError
 
 RESULT = {"build": "0a1b2c3d", "state": "succeeded"}
@@ -113,3 +114,44 @@ def test_a_failed_build_directory_has_its_own_place(tmp_path: Path) -> None:
 def test_outputs_that_are_not_wanted(tmp_path: Path) -> None:
     keep(FakeClient({"a": b""}), tmp_path / "out", outputs=None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.json"]
+
+
+def test_links_that_came_with_the_source_do_not_lead_the_result_away(source: Path, tmp_path: Path) -> None:
+    assert default_out("hello-1") == Path("offload-out/hello-1")
+    outside = tmp_path / "home" / "autostart"
+    Path("offload-out").mkdir()
+    Path("offload-out/hello-1").symlink_to(outside)
+    with pytest.raises(UsageError, match="is a link"):
+        default_out("hello-1")
+    Path("offload-out/hello-1").unlink()
+    Path("offload-out").rmdir()
+    Path("offload-out").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="is a link"):
+        default_out("hello-1")
+    # A user's own word for a place is another thing.
+    assert check_out(Path("offload-out/hello-1"), source) == tmp_path / "hello-1"
+
+
+def test_a_record_that_came_with_the_source_is_not_read_for_ever(source: Path) -> None:
+    out = Path("out")
+    out.mkdir()
+    record = out / "build.json"
+    os.mkfifo(record)
+    with pytest.raises(UsageError, match="not empty"):
+        check_out(out, source)
+    record.unlink()
+    record.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="not empty"):
+        check_out(out, source)
+    record.unlink()
+    record.write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="not empty"):
+        check_out(out, source)
+
+
+def test_a_place_that_cannot_hold_the_result(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot be made in .*/file"):
+        check_out(tmp_path / "file/out", source)

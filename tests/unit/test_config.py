@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -277,6 +278,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ConfigError, match="directory"):
         read_document(tmp_path / "folder.yaml")
+    # What a hostile source tree may hold in a recipe's place: neither waits for a writer nor fills the memory.
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    for name in ("fifo.yaml", "endless.yaml"):
+        with pytest.raises(ConfigError, match="is not a regular file"):
+            read_document(tmp_path / name)
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -312,6 +319,7 @@ def test_a_library_tells_every_problem_of_every_file(tmp_path: Path) -> None:
     write(tmp_path, "machines/c.yaml", "- nothing\n")
     write(tmp_path, "machines/d.yaml", MACHINE)
     write(tmp_path, "machines/e.yaml", MACHINE)
+    write(tmp_path, "machines/f.yaml", "kind: build-vm\nimage: debain\ncpu-count: 0\n")
     (tmp_path / "machines/gone.yaml").symlink_to("nowhere")
     with pytest.raises(ConfigError) as caught:
         load_library([tmp_path])
@@ -322,6 +330,8 @@ def test_a_library_tells_every_problem_of_every_file(tmp_path: Path) -> None:
         ("b.yaml", 5, "size"),
         ("c.yaml", 1, ""),
         ("e.yaml", 2, "name"),
+        ("f.yaml", 2, "image"),
+        ("f.yaml", 3, "cpu-count"),
         ("gone.yaml", 0, ""),
     ]
     assert "there is no image called 'debain'; did you mean debian?" in str(caught.value)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from offloadd.debian import Mirror, ProgressParser, choose_mirrors, find_keyring, installed_packages, parse_indexes
+from offloadd.debian import (
+    Mirror,
+    ProgressParser,
+    choose_mirrors,
+    find_keyring,
+    installed_packages,
+    missing_packages,
+    parse_indexes,
+)
 from offloadd.errors import HostError
 
 URIS = """\
@@ -129,3 +137,13 @@ def test_installed_packages() -> None:
         "Package: a\nStatus: install ok installed\nVersion: 1\n\nPackage: gone\nStatus: deinstall ok config-files\nVersion: 1\n"
     )
     assert installed_packages(status) == {"a": "1", "b": "2:1-1"}
+
+
+def test_packages_that_apt_does_not_find() -> None:
+    said = (
+        "Reading package lists...\nE: Unable to locate package sl-\nE: Unable to locate package sl-\n"
+        "E: Package 'mailx' has no installation candidate\nE: Version '9' for 'hello' was not found\n"
+        "E: setup failed: E: apt-get --yes install sl- failed\nI: main() received signal PIPE: waiting for setup...\n"
+    )
+    assert missing_packages(said) == ["sl-", "mailx", "hello"]
+    assert missing_packages("E: Unable to fetch some archives\n") == []

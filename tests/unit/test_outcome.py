@@ -61,6 +61,13 @@ def test_why_we_had_to_kill_it_comes_first(asked: bool) -> None:
     assert (outcome.state, outcome.reason) == (CRASHED, "the host's disk is full")
 
 
+def test_events_of_a_qemu_that_lies() -> None:
+    lies: list[Any] = [7, None, [], {"reason": ["guest-shutdown"]}]
+    for data in lies:
+        outcome = judge([{"event": "SHUTDOWN", "data": data}], asked=False, exit_status=1, stderr="", console="")
+        assert (outcome.state, outcome.reason) == (CRASHED, "QEMU ended by itself (exit status 1)")
+
+
 def test_the_last_words() -> None:
     outcome = judge([], asked=False, exit_status=1, stderr="qemu: no", console="login:")
     assert outcome.detail == "qemu:\nqemu: no\nconsole:\nlogin:"

@@ -252,3 +252,13 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot keep the outputs"), open_outputs_receiver(tmp_path / "o.tar"):
         pass
     assert not (tmp_path / "victim").exists()
+
+
+def test_names_that_make_too_many_directories(target: Path) -> None:
+    with pytest.raises(ProtocolError, match="nested too deeply"):
+        unpack(target, info("/".join("d" * 257), tarfile.DIRTYPE))
+    deep = [info(f"{number}/" + "/".join("d" * 60), tarfile.DIRTYPE) for number in range(10)]
+    with pytest.raises(ProtocolError, match="too many directories"):
+        unpack(target, *deep, max_members=10)
+    assert not target.exists()
+    unpack(target, info("/".join("d" * 256), tarfile.DIRTYPE))

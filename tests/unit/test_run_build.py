@@ -196,6 +196,10 @@ async def test_outputs_that_are_missing(case: Case) -> None:
         encode(b"E", b"not JSON"),
         encode(b"E", b"[" * 10_000),
         encode(b"E", b'{"event": ["started"]}'),
+        # Half a surrogate pair: JSON, but nothing that could be stored or shown.
+        event("started", clock=CLOCK, cpu="\ud800"),
+        event("error", what="\udcff"),
+        encode(b"E", b'{"event": ' + b"[" * 900 + b"]" * 900 + b"}"),
         b"X\0\0\0\0",
         b"B\0\0\0\0",
         b"L\xff\xff\xff\xff",
@@ -279,6 +283,8 @@ async def test_collecting_may_be_silent(case: Case, autojump_clock: trio.testing
 async def test_a_log_without_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "MAX_LOG_BYTES", 1 << 20)
     await case.fail(BuildFailedError, "log is larger than 1 MiB", STARTED, *[encode(b"L", b"x" * PIECE)] * 20)
+    # Each piece becomes an event, which is larger than a byte.
+    await case.fail(BuildFailedError, "log is larger than 1 MiB", STARTED, *[encode(b"L", b"x") * 1000] * 20)
 
 
 async def test_outputs_without_end(case: Case) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offloadd.builder.prepare import prepare_source
 from offloadd.builder.source import clamp_tar, pack_source
 from offloadd.errors import UsageError
 
@@ -211,3 +212,18 @@ def test_garbage_is_refused_calmly(garbage: bytes, at: int, change: bytes) -> No
         except UsageError:
             continue
         assert all(member.mtime <= NEWEST for member in members(result).values())
+
+
+def test_a_fetched_source_replaces_the_file_of_its_name(tmp_path: Path) -> None:
+    """The guest refuses a name that comes twice."""
+    sent, target, fetched = tmp_path / "sent.tar", tmp_path / "target.tar", tmp_path / "x.tar.gz"
+    folder = (info("d", tarfile.DIRTYPE), info("d/x.tar.gz", size=2))
+    sent.write_bytes(tar_of(info("a", size=3), info("x.tar.gz", size=600), *folder))
+    fetched.write_bytes(b"fetched")
+    prepare_source(sent, [fetched], target, NEWEST)
+    with tarfile.open(target) as tar:
+        assert sorted(tar.getnames()) == ["a", "d", "d/x.tar.gz", "x.tar.gz"]
+        content = tar.extractfile("x.tar.gz")
+        assert content is not None
+        assert content.read() == b"fetched"
+        assert tar.getmember("x.tar.gz").mtime == NEWEST

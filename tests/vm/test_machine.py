@@ -138,6 +138,20 @@ def test_machines_side_by_side_have_their_own_cores(started: World) -> None:
         started.run("vm", "stop", "beside")
 
 
+def test_a_machine_whose_file_is_taken_away_while_it_runs(world: World) -> None:
+    world.machine("orphan", SMALL + "port-forwardings: {12122: 22, 12144: 1004}\n")
+    world.run("vm", "start", "orphan")
+    try:
+        (world.root / "config/offload/machines/orphan.yaml").unlink()
+        rows = {row["name"]: row for row in world.json("vm", "list")}
+        assert (rows["orphan"]["state"], rows["orphan"]["ssh_port"]) == ("running", 12122)
+        assert world.json("vm", "show", "orphan")["instance"]["pid"] in world.qemus()
+        world.run("vm", "exec", "orphan", "--", "true")
+    finally:
+        assert world.json("vm", "stop", "orphan")["state"] == "stopped"
+    assert "orphan" not in {row["name"] for row in world.json("vm", "list")}
+
+
 def test_configuration_is_what_the_manual_says(make_world: Callable[[], World]) -> None:
     shown = make_world().json("vm", "configuration", "build-vm")
     assert shown["cpu-count"] == 4
