@@ -31,6 +31,11 @@ demo: deps venv ## build the time-trap example twice: it fails with today's date
 deps: ## install the system packages that are missing (through apt, as root or with sudo)
 	@./install-host-packages
 
+# Debian starts an sshd when it is installed: only who runs the tests gets one.
+.PHONY: test-deps
+test-deps:
+	@./install-host-packages openssh-server
+
 .PHONY: venv
 venv: $(STAMP) ## make the virtual environment .venv with offload and its tools in it
 
@@ -57,7 +62,7 @@ $(STAMP): pyproject.toml
 ##@ Check
 
 .PHONY: test
-test: deps venv ## run the whole test suite: unit, integration, real VMs
+test: test-deps venv ## run the whole test suite: unit, integration, real VMs
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: unit

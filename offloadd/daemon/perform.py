@@ -156,7 +156,8 @@ async def _open_place(
 
 def _fits(request: BuildRequest, wanted: VmPlan, running: VmPlan) -> bool:
     """Whether a machine that runs for its user is what the build asks for."""
-    return request.asked_date is None and wanted.cpu == running.cpu and wanted.boot.digest == running.boot.digest
+    same = (wanted.date, wanted.cpu, wanted.boot.digest) == (running.date, running.cpu, running.boot.digest)
+    return request.asked_date is None and same
 
 
 def _describe(active: ActiveBuild, place: _Place) -> None:
