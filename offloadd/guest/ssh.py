@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 import asyncssh
 import trio
@@ -185,17 +184,3 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
             await trio.sleep(RETRY_S)
         except Exception as exc:
             raise _error("the guest speaks no SSH that is understood", secrets.machine, exc) from exc
-
-
-def ssh_argv(port: int, secrets: SecretRoot, known_hosts: Path, command: Sequence[str] = ()) -> list[str]:
-    """The command line of OpenSSH's client for a person."""
-    options = [
-        f"UserKnownHostsFile={known_hosts}",
-        "GlobalKnownHostsFile=/dev/null",
-        "StrictHostKeyChecking=yes",
-        "IdentitiesOnly=yes",
-        f"HostKeyAlias={secrets.machine}",
-        "LogLevel=ERROR",
-    ]
-    argv = ["ssh", "-F", "none", "-p", str(port), "-i", str(secrets.client_key)]
-    return [*argv, *(part for option in options for part in ("-o", option)), f"{ACCOUNT}@127.0.0.1", *command]

@@ -30,7 +30,7 @@ from offloadd.errors import OffloadError, SshError
 from offloadd.guest import ssh
 from offloadd.guest.frames import encode
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
-from offloadd.guest.ssh import Guest, open_ssh, ssh_argv
+from offloadd.guest.ssh import Guest, open_ssh
 
 from ..unit.fake_guest import FakeGuest
 
@@ -383,15 +383,3 @@ async def test_the_fake_guest_of_other_tests_is_as_a_real_one(
 
     async with open_ssh(bridge, server.port, server.secrets) as real:
         assert await result("fake", FakeGuest(script, b"", errors=errors)) == await result("real", real)
-
-
-@pytest.mark.skipif(shutil.which("ssh") is None, reason="openssh-client is not installed")
-def test_the_command_line_for_a_person(server: Server, tmp_path: Path) -> None:
-    known = tmp_path / "known_hosts"
-    known.write_text("".join(f"vm {key.read_text()}" for key in server.secrets.host_keys))
-    argv = ssh_argv(server.port, server.secrets, known, ["echo", "hello"])
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
-    known.write_text("")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False)
-    assert done.returncode == 255
