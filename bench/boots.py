@@ -50,7 +50,7 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress) -> tuple[li
     finished = Series("systemd, finished")
     async with open_workshop(place.paths, place.paths.state / "bench.sqlite") as shop:
         library = shop.library()
-        machine = library.machine(MACHINE)
+        machine = library.vm(MACHINE)
         plan = replace(await shop.plan(machine, library, tell), instance="ours", forwards=((0, 22), (0, SECRETS_PORT)))
         image = await shop.image(library, machine.image, tell)
         systemd = replace(plan, instance="systemd", boot=await ensure_systemd_image(image, place.paths, tell))

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-Relation = Literal["ratio", "difference"]
-
+Relation = Literal["ratio", "difference", "time"]
+"""`time`: there is nothing to compare with; the target is in seconds."""
 
 _END_S = 15
 
@@ -37,7 +37,7 @@ class Series:
     def shown(self) -> str:
         """`2.10 s (1.98-2.40, n=5)`."""
         unit, times = ("ms", 1000) if self.median < 1 else ("s", 1)
-        digits = 0 if unit == "ms" else 2
+        digits = 2 if unit == "s" or self.median < 0.01 else 0
         low, high = min(self.seconds) * times, max(self.seconds) * times
         return f"{self.median * times:.{digits}f} {unit} ({low:.{digits}f}-{high:.{digits}f}, n={len(self.seconds)})"
 
@@ -56,10 +56,12 @@ class Row:
     base: Series | None = None
     relation: Relation = "ratio"
     target: float | None = None
-    """At most this ratio, or this many seconds more; None when it is for information."""
+    """At most this ratio, this many seconds more, or this many seconds; None when it is for information."""
 
     @property
     def value(self) -> float | None:
+        if self.relation == "time":
+            return self.ours.median
         if self.base is None:
             return None
         pairs = list(zip(self.ours.seconds, self.base.seconds, strict=True))

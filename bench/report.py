@@ -38,6 +38,8 @@ def table(rows: Sequence[Row]) -> str:
 def _value(row: Row, value: float | None) -> str:
     if value is None:
         return ""
+    if row.relation == "time":
+        return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.2f} ms"
     return f"{value:.2f}x" if row.relation == "ratio" else f"{value:+.2f} s"
 
 

@@ -1,6 +1,6 @@
 """`make bench`: how fast we are against the bare tools, in one run of about 10 minutes (3 with --quick).
 
-    python bench/run.py [--quick] [--only boots,builds,image] [--output FOLDER]
+    python bench/run.py [--quick] [--only boots,builds,routes,image,routing] [--output FOLDER]
 
 Not a test: what it prints is for people.  Exit status 1 when a target was missed.
 """
@@ -22,11 +22,13 @@ from bench.builds import measure_command, measure_own_vm, measure_running
 from bench.images import measure_image
 from bench.measure import BenchError, Budget, Row
 from bench.report import table, write_report
+from bench.routes import measure_binfmt, measure_local
+from bench.routing import measure_routing
 from bench.workplace import open_workplace
 from offloadd.errors import OffloadError
 from offloadd.model.quantity import format_date, format_duration
 
-PARTS = ("boots", "builds", "image")
+PARTS = ("boots", "builds", "routes", "image", "routing")
 
 
 def main() -> int:
@@ -81,9 +83,14 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             rows += measure_running(place, limit(60, 3, 10), _tell("builds"))
             rows += measure_own_vm(place, limit(40, 1, 4), _tell("builds"))
             rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
+        if "routes" in parts:
+            rows += measure_local(place, limit(30, 5, 15), _tell("routes"))
+            rows += measure_binfmt(place, limit(150, 1, 3), _tell("routes"))
     if "image" in parts:
         with open_workplace(empty_cache=True) as place:
             rows += measure_image(place, limit(260, 1, 3), _tell("image"))
+    if "routing" in parts:
+        rows += measure_routing(limit(15, 5, 15), _tell("routing"))
     return rows
 
 

@@ -2,7 +2,8 @@
 
     <root>/<digest>/                   a whole thing; it never changes
     <root>/.making/<digest>.<random>/  one that is being made, or what a dead maker left
-    <root>/.lock/<digest>              locked (flock) while somebody makes or removes <digest>; holds the maker's pid
+    <root>/.lock/<digest>              locked (flock) while somebody makes or removes <digest>; holds the maker's pid.
+                                       Shared by those who use it and must not have it taken away
 
 The lock goes away with its process, so what lies in `.making` while its digest is not locked belongs to a dead maker.
 """
@@ -15,14 +16,14 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from offloadd.errors import HostError, OffloadError
+from offloadd.errors import HostError, NotAllowedError, OffloadError
 from offloadd.process import Progress, full_disk, is_disk_full, run_program, silent
 
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
@@ -51,17 +52,26 @@ class Cache:
     Args:
         root: made when something is put into it.
         subject: what errors call the things, e.g. `image`.
+        durable: what is there is whole even after the host lost its power; where it is not, whoever asks sees to that.
     """
 
-    def __init__(self, root: Path, *, subject: str, error: type[OffloadError] = HostError) -> None:
+    def __init__(self, root: Path, *, subject: str, error: type[OffloadError] = HostError, durable: bool = True) -> None:
         self.root = root
         self._subject = subject
         self._error = error
+        self._durable = durable
 
     def find(self, digest: str) -> Path | None:
         """The directory of `digest`, None when it has not been made."""
         path = self.root / _checked(digest)
         return path if path.is_dir() else None
+
+    def digests(self) -> frozenset[str]:
+        """Those of all whole things: quicker than `list`, which looks at every file."""
+        if not self.root.is_dir():
+            return frozenset()
+        with os.scandir(self.root) as found:
+            return frozenset(entry.name for entry in found if _DIGEST.fullmatch(entry.name))
 
     def list(self) -> Sequence[Entry]:
         """All whole things, the newest first."""
@@ -90,25 +100,53 @@ class Cache:
         except OSError as exc:
             raise self._map(exc) from exc
 
+    @contextmanager
+    def hold(self, digest: str) -> Iterator[Path | None]:
+        """Keep `digest` from being removed or made anew until the block is left, by whatever process.
+
+        The value is its directory; None: there is none, or somebody removes or makes it right now.
+        """
+        if self.find(digest) is None:
+            yield None
+            return
+        self._make_folders()
+        lock = self._try_lock(digest, shared=True)
+        try:
+            yield None if lock is None else self.find(digest)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
     async def remove(self, digest: str) -> bool:
-        """Remove `digest`; False when there was none. Waits for a maker of it."""
+        """Remove `digest`; False when there was none.
+
+        Raises:
+            NotAllowedError: somebody uses or makes it.
+        """
         if self.find(digest) is None:
             return False
         try:
             await trio.to_thread.run_sync(self._make_folders)
-            async with self._lock(digest, silent):
+            lock = self._try_lock(digest)
+            if lock is None:
+                raise NotAllowedError("is in use", subject=f"{self._subject} {digest[:12]}", hint="wait until that has ended")
+            try:
                 if self.find(digest) is None:
                     return False
                 await self._discard(digest)
+            finally:
+                os.ftruncate(lock, 0)
+                os.close(lock)
         except OSError as exc:
             raise self._map(exc) from exc
         return True
 
     async def gc(self, keep: Collection[str]) -> Sequence[str]:
-        """Remove everything but `keep`, and what dead makers left; the digests that were removed."""
-        removed = [entry.digest for entry in await trio.to_thread.run_sync(self.list) if entry.digest not in keep]
-        for digest in removed:
-            await self.remove(digest)
+        """Remove everything but `keep` and what is in use, and what dead makers left; the digests that were removed."""
+        removed = []
+        for digest in sorted(await trio.to_thread.run_sync(self.digests) - set(keep)):
+            with suppress(NotAllowedError):
+                removed += [digest] if await self.remove(digest) else []
         await self.sweep()
         return removed
 
@@ -147,7 +185,8 @@ class Cache:
         try:
             await make(making)
             await remove_tree(_elsewhere(making))
-            await trio.to_thread.run_sync(_sync_tree, making)
+            if self._durable:
+                await trio.to_thread.run_sync(_sync_tree, making)
             if self.find(digest) is not None:
                 await self._discard(digest)
             making.rename(self.root / digest)
@@ -172,7 +211,7 @@ class Cache:
         """Hold the lock of `digest`; the value says whether somebody else had it before."""
         waited = False
         while (lock := self._try_lock(digest)) is None:
-            progress(f"waiting for {self._owner(digest)}, which makes the same {self._subject}", None)
+            progress(f"waiting for {self._owner(digest)} the same {self._subject}", None)
             waited = True
             await trio.sleep(_LOCK_RETRY_S)
         try:
@@ -181,20 +220,22 @@ class Cache:
             os.ftruncate(lock, 0)
             os.close(lock)
 
-    def _try_lock(self, digest: str) -> int | None:
+    def _try_lock(self, digest: str, *, shared: bool = False) -> int | None:
         lock = os.open(self.root / ".lock" / digest, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             return None
+        if shared:
+            return lock
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         return lock
 
     def _owner(self, digest: str) -> str:
         pid = (self.root / ".lock" / digest).read_text().strip()
-        return f"process {pid}" if pid.isdigit() else "another process"
+        return f"process {pid}, which makes" if pid.isdigit() else "another process, which uses"
 
     def _map(self, exc: OSError) -> OffloadError:
         if is_disk_full(exc):

@@ -1,22 +1,23 @@
 """The way to the daemon: HTTP on its Unix socket.  When none answers, the user's own daemon is started in the background.
 
-Synchronous on purpose: the command line does one thing at a time, and starts faster without an event loop.
+Synchronous, and on the standard library's HTTP client: the command line does one thing at a time, and it starts three times as
+fast as with a larger library.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import ssl
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import httpx
+from urllib.parse import urlencode
 
 from offloadd.errors import DaemonError, OffloadError, error_from_json
 from offloadd.paths import Paths, check_ours, find_paths, make_private
@@ -28,34 +29,52 @@ if TYPE_CHECKING:
 IDLE_TIMEOUT = "15m"
 """After which a daemon that was started in the background ends."""
 START_S = 20.0
+CONNECT_S = 5.0
 TRY_AGAIN_S = 1.5
 """More than a daemon needs to come up."""
+PIECE = 64 * 1024
 
 Json = dict[str, Any]
+Body = bytes | Iterable[bytes] | None
+
+_LOST = (OSError, HTTPException)
+
+
+class _Connection(HTTPConnection):
+    """HTTP on a Unix socket."""
+
+    def __init__(self, path: Path, quiet_s: float | None) -> None:
+        super().__init__("offloadd")
+        self._path = path
+        self._quiet_s = quiet_s
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(CONNECT_S)
+        self.sock.connect(str(self._path))
+        # Usually no limit on reading: a build may be silent for an hour, and the daemon ends with its socket.
+        self.sock.settimeout(self._quiet_s)
 
 
 class Client:
-    """One connection to the daemon.  Use it as a context manager."""
+    """The daemon's API.  Each request has a connection of its own, so that threads may share nothing."""
 
     def __init__(self, paths: Paths | None = None) -> None:
         self.paths = paths or find_paths()
         check_ours(self.paths.runtime)
-        # No TLS on a Unix socket: by default all certificates of the host would be loaded, which takes longer than a request.
-        transport = httpx.HTTPTransport(uds=str(self.paths.socket), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        # No limit on reading: a build may be silent for an hour, and the daemon ends with its socket.
-        self._http = httpx.Client(transport=transport, base_url="http://offloadd", timeout=httpx.Timeout(None, connect=5))
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        pass
 
     def answers(self) -> bool:
         """Whether a daemon serves."""
         try:
-            self._http.get("/v1/status")
-        except httpx.TransportError:
+            with self._open("GET", "/v1/status") as response:
+                response.read()
+        except _LOST:
             return False
         return True
 
@@ -88,56 +107,70 @@ class Client:
         return daemon.returncode == 6  # NotAllowedError: runs already for this user
 
     def get(self, path: str, **query: Any) -> Any:
-        return self._request("GET", path, params=query or None)
+        return self._request("GET", f"{path}?{urlencode(query)}" if query else path)
 
     def post(self, path: str, body: Any = None) -> Any:
-        return self._request("POST", path, json=body)
+        return self._request("POST", path, None if body is None else json.dumps(body).encode())
 
-    def delete(self, path: str) -> Any:
-        return self._request("DELETE", path)
+    def delete(self, path: str, **query: Any) -> Any:
+        return self._request("DELETE", f"{path}?{urlencode(query)}" if query else path)
 
-    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+    @contextmanager
+    def _open(self, method: str, path: str, body: Body = None, *, quiet_s: float | None = None) -> Iterator[HTTPResponse]:
+        """Send a request; the response, to be read inside of the block."""
+        connection = _Connection(self.paths.socket, quiet_s)
         try:
-            response = self._http.request(method, path, **arguments)
-        except httpx.TransportError as exc:
-            raise DaemonError(f"does not answer: {exc}", subject="offloadd", hint="offload daemon status") from exc
-        if response.is_error:
-            raise _error(response)
-        return response.json()
+            chunked = body is not None and not isinstance(body, bytes)
+            headers = {"Content-Type": "application/json"} if isinstance(body, bytes) else {}
+            headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
+            with suppress(BrokenPipeError):  # an answer came before all was sent: it says why
+                connection.request(method, path, body, headers, encode_chunked=chunked)
+            yield connection.getresponse()
+        finally:
+            connection.close()
 
-    def stream(self, method: str, path: str, *, quiet_s: float | None = None) -> Iterator[Json]:
+    def _request(self, method: str, path: str, body: Body = None) -> Any:
+        try:
+            with self._open(method, path, body) as response:
+                data = response.read()
+        except _LOST as exc:
+            raise DaemonError(f"does not answer: {exc}", subject="offloadd", hint="offload daemon status") from exc
+        if response.status >= 400:
+            raise _error(response.status, data)
+        return json.loads(data)
+
+    def stream(self, method: str, path: str, *, body: Any = None, quiet_s: float | None = None) -> Iterator[Json]:
         """The events of an answer in JSON lines, as they come.
 
         Args:
+            body: what is sent, as JSON.
             quiet_s: end without a word when nothing came for this long; None waits for the end of the answer.
         """
         try:
-            with self._http.stream(method, path, timeout=httpx.Timeout(None, connect=5, read=quiet_s)) as response:
-                if response.is_error:
-                    response.read()
-                    raise _error(response)
-                for line in _lines(response.iter_bytes()):
+            sent = None if body is None else json.dumps(body).encode()
+            with self._open(method, path, sent, quiet_s=quiet_s) as response:
+                if response.status >= 400:
+                    raise _error(response.status, response.read())
+                for line in _lines(iter(lambda: response.read1(PIECE), b"")):
                     yield json.loads(line)
         except ValueError as exc:
             raise DaemonError("sent an event that is no JSON", subject="offloadd", hint="offload daemon status") from exc
-        except httpx.ReadTimeout:
+        except TimeoutError:
             return
-        except httpx.TransportError as exc:
+        except _LOST as exc:
             raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
 
     def create_build(self, request: BuildRequest, source: Iterable[bytes]) -> str:
         """Ask for a build and send its source, a tar in pieces; the build's id."""
         build: str = self.post("/v1/builds", request.to_json())["build"]
         try:
-            response = self._http.put(f"/v1/builds/{build}/source", content=source)
-        except httpx.TransportError as exc:
-            raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
+            self._request("PUT", f"/v1/builds/{build}/source", source)
+        except DaemonError:
+            raise
         except BaseException:
             # The source cannot be read, or the user does not want it any more.
             self.cancel_build(build)
             raise
-        if response.is_error:
-            raise _error(response)
         return build
 
     def cancel_build(self, build: str) -> None:
@@ -147,16 +180,15 @@ class Client:
     def fetch_outputs(self, build: str, target: Path) -> bool:
         """Write the outputs, a tar, to `target`; False when the build has none."""
         try:
-            with self._http.stream("GET", f"/v1/builds/{build}/outputs") as response:
-                if response.status_code == httpx.codes.NOT_FOUND:
+            with self._open("GET", f"/v1/builds/{build}/outputs") as response:
+                if response.status == 404:
                     return False
-                if response.is_error:
-                    response.read()
-                    raise _error(response)
+                if response.status >= 400:
+                    raise _error(response.status, response.read())
                 with target.open("wb") as file:
-                    for piece in response.iter_bytes():
+                    while piece := response.read1(PIECE):
                         file.write(piece)
-        except httpx.TransportError as exc:
+        except (ConnectionError, HTTPException) as exc:
             raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
         return True
 
@@ -170,7 +202,7 @@ def _spawn(log: Path) -> subprocess.Popen[bytes]:
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What stands between newlines.  httpx's own lines also end at characters that a build may print, as U+2028."""
+    """What stands between newlines."""
     rest: list[bytes] = []
     for piece in pieces:
         *whole, last = piece.split(b"\n")
@@ -181,12 +213,12 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         rest.append(last)
 
 
-def _error(response: httpx.Response) -> OffloadError:
+def _error(status: int, data: bytes) -> OffloadError:
     try:
-        return error_from_json(response.json())
+        return error_from_json(json.loads(data))
     except (ValueError, TypeError, KeyError, AttributeError):
-        detail = response.text[:2000]
-        return DaemonError(f"answered {response.status_code}", subject="offloadd", detail=detail, hint="offload daemon status")
+        detail = data.decode(errors="replace")[:2000]
+        return DaemonError(f"answered {status}", subject="offloadd", detail=detail, hint="offload daemon status")
 
 
 def _end_of(log: Path, begin: int) -> str:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from offloadd.binfmt.status import Status, find_fault, read_status
 from offloadd.errors import HostError, ImageError, NotFoundError
+from offloadd.host import native_systems
+from offloadd.model.system import find_system
 from offloadd.process import Progress, program_environment, read_program, run_program, silent
 
 _SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
@@ -20,6 +24,8 @@ _INDEX = re.compile(r"'(?P<uri>\S+?)/dists/(?P<suite>\S+)/(?P<component>[^/]+)/b
 _COMPANIONS = ("", "-updates", "-security", "/updates")
 # What an apt inside a root cannot find out by itself: proxies, and how strict to be about old Release files.
 _APT_OPTION = re.compile(r'Acquire::(?:\w+::Proxy(?:::\S+)?|Check-Date|Check-Valid-Until|Retries) ".*";')
+
+_FAILED = re.compile(r"[EW]: Failed to fetch ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +38,10 @@ class Mirror:
     signed_by: str = ""
     """A keyring's path; empty leaves the choice to mmdebstrap."""
 
-    def line(self) -> str:
+    def line(self, kind: Literal["deb", "deb-src"] = "deb") -> str:
         """The source in the one-line form of sources.list(5)."""
         option = f"[signed-by={self.signed_by}] " if self.signed_by else ""
-        return f"deb {option}{self.uri} {self.suite} {' '.join(self.components)}"
+        return f"{kind} {option}{self.uri} {self.suite} {' '.join(self.components)}"
 
 
 async def find_mirrors(suite: str, *, override: str | None = None) -> tuple[Mirror, ...]:
@@ -52,6 +58,16 @@ async def find_mirrors(suite: str, *, override: str | None = None) -> tuple[Mirr
     lines = await read_program(["apt-get", "update", "--print-uris"], subject="apt")
     texts = [file.read_text(errors="replace") for file in _source_files()]
     return choose_mirrors(suite, [replace(mirror, signed_by=find_keyring(mirror, texts)) for mirror in parse_indexes(lines)])
+
+
+async def read_apt_options() -> list[str]:
+    """The lines of the host's apt configuration that another apt needs to reach the same mirrors, each once.
+
+    Raises:
+        HostError: apt is missing.
+    """
+    dumped = await read_program(["apt-config", "dump"], subject="apt")
+    return list(dict.fromkeys(line for line in dumped if _APT_OPTION.fullmatch(line)))
 
 
 def parse_indexes(lines: Iterable[str]) -> list[Mirror]:
@@ -81,6 +97,25 @@ def choose_mirrors(suite: str, configured: Sequence[Mirror]) -> tuple[Mirror, ..
         raise HostError(f"the host's apt has no Debian mirror for {suite}", subject="apt", hint=hint)
     archives.sort(key=lambda mirror: not mirror.uri.endswith("/debian"))
     return (replace(archives[0], suite=suite, components=("main",)),)
+
+
+def without_broken(mirrors: Sequence[Mirror], suite: str, said: Iterable[str]) -> tuple[Mirror, ...]:
+    """`mirrors` without those of updates and security fixes whose indexes apt could not fetch, from its messages `said`.
+
+    All of them when `suite` itself could not be fetched.  A mirror that is being synchronized has, for some architectures, other
+    indexes than it says: for hours, or for good.
+    """
+    failed = [line for line in said if _FAILED.match(line)]
+    broken = [mirror for mirror in mirrors if any(f" {mirror.uri}/dists/{mirror.suite}/" in line for line in failed)]
+    if any(mirror.suite == suite for mirror in broken):
+        return tuple(mirrors)
+    return tuple(mirror for mirror in mirrors if mirror not in broken)
+
+
+def left_out(mirrors: Sequence[Mirror], usable: Sequence[Mirror], architecture: str) -> str:
+    """What a user is told when only `usable` of `mirrors` are used."""
+    names = ", ".join(mirror.suite for mirror in mirrors if mirror not in usable)
+    return f"going on without {names}: its mirror has not what it says for {architecture}"
 
 
 def _is_archive(mirror: Mirror) -> bool:
@@ -165,11 +200,12 @@ async def bootstrap(
         epoch: no file is newer than this (seconds since 1970), and Python's bytecode does not depend on file times.
 
     Raises:
-        HostError: mmdebstrap is missing.
+        HostError: mmdebstrap is missing, or nothing here runs programs of that architecture.
         NotFoundError: the suite does not have one of the packages.
         ImageError: it failed otherwise, or the disk is full.
     """
-    apt_options = [line for line in await read_program(["apt-config", "dump"]) if _APT_OPTION.fullmatch(line)]
+    check_runs(architecture, native_systems(), read_status(), subject)
+    apt_options = await read_apt_options()
     # The host's proxies are nobody's business inside.
     tidy = 'rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"'
     root = os.geteuid() == 0
@@ -178,24 +214,67 @@ async def bootstrap(
     argv += ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
     argv += [f"--mode={'root' if root else 'unshare'}", f"--architectures={architecture}"]
     argv += [f"--include={','.join(packages)}"] if packages else []
-    argv += [f"--aptopt={option}" for option in dict.fromkeys(apt_options)]
+    argv += [f"--aptopt={option}" for option in apt_options]
     argv += [f"--dpkgopt={option}" for option in dpkg_options]
     argv += [f"--customize-hook={hook}" for hook in (*hooks, tidy)]
-    argv += [suite, str(target), *(mirror.line() for mirror in mirrors)]
+    argv += [suite, str(target)]
     # INITRD=No: Debian's own initramfs is not used, and takes longer to make than the rest of the kernel's setup.
     extra = {"TMPDIR": str(scratch), "INITRD": "No"} | ({"SOURCE_DATE_EPOCH": str(epoch)} if epoch is not None else {})
-    parser = ProgressParser(progress)
     env = program_environment(extra)
-    try:
-        await run_program(
-            argv, on_line=parser.line, env=env, subject=subject, error=ImageError, disk=scratch, called="mmdebstrap"
-        )
-    except ImageError as exc:
-        if missing := missing_packages(exc.detail):
-            hint = "`packages` in the recipe, or `suite`"
-            raise NotFoundError(f"{suite} has no {' '.join(missing)} for {architecture}", subject=subject, hint=hint) from exc
-        raise
+    while True:
+        reader = _OutputReader(progress)
+        lines = [mirror.line() for mirror in mirrors]
+        try:
+            await run_program(
+                [*argv, *lines],
+                on_line=reader.take,
+                env=env,
+                subject=subject,
+                error=ImageError,
+                disk=scratch,
+                called="mmdebstrap",
+            )
+            break
+        except ImageError as exc:
+            usable = without_broken(mirrors, suite, reader.failed)
+            if missing := missing_packages(exc.detail):
+                hint = "`packages` in the recipe, or `suite`"
+                what = f"{suite} has no {' '.join(missing)} for {architecture}"
+                raise NotFoundError(what, subject=subject, hint=hint) from exc
+            if len(usable) == len(mirrors):
+                raise
+            progress(left_out(mirrors, usable, architecture), None)
+            mirrors = usable
     progress("packages are installed", 1.0)
+
+
+def check_runs(architecture: str, native: Collection[str], status: Status, subject: str) -> None:
+    """Raise `HostError` when this host cannot run the scripts of the packages of that architecture (dpkg's name).
+
+    mmdebstrap would find out, too, but only when it has downloaded everything, and without a word about what to do.
+    """
+    try:
+        system = find_system(architecture)
+    except ValueError:
+        return  # one that Debian has and we have not
+    if system.name in native:
+        return
+    if fault := find_fault(status, system):
+        what, _, remedy = fault.partition(": ")
+        raise HostError(f"programs of {architecture} do not run here: {what}", subject=subject, hint=remedy)
+
+
+class _OutputReader:
+    """Takes what mmdebstrap says: progress, and what could not be fetched."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.failed: list[str] = []
+        self._parser = ProgressParser(progress)
+
+    def take(self, line: str) -> None:
+        self._parser.line(line)
+        if _FAILED.match(line):
+            self.failed.append(line)
 
 
 _NO_PACKAGE = re.compile(

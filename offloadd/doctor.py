@@ -11,16 +11,19 @@ import platform
 import pwd
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 import trio
 
+from offloadd.binfmt.emulator import PACKAGE, find_emulated
+from offloadd.binfmt.status import Status, find_usable, read_status
 from offloadd.config.library import Library, load_library
 from offloadd.debian import find_mirrors
 from offloadd.errors import ConfigError, OffloadError
+from offloadd.host import native_systems
 from offloadd.image.store import ImageStore
 from offloadd.model.quantity import format_size
 from offloadd.paths import Paths, find_paths
@@ -72,6 +75,7 @@ PROGRAMS = (
     Program(name="mmdebstrap", package="mmdebstrap", purpose="the root file systems of images and environments"),
     Program(name="mke2fs", package="e2fsprogs", purpose="an image's file system"),
     Program(name="sqfstar", package="squashfs-tools", purpose="an environment's disk"),
+    Program(name="arch-test", package="arch-test", purpose="environments of other architectures", without=State.WARNING),
     Program(name="ssh", package="openssh-client", purpose="`offload vm ssh` and `exec`", without=State.WARNING),
 )
 
@@ -93,6 +97,7 @@ async def examine(paths: Paths) -> list[Requirement]:
         check_disk(paths.cache),
         check_memory(library),
         check_cores(library),
+        check_binfmt(read_status(), find_emulated(native_systems()), native_systems()),
         check_kvm(paths.state / "accelerator.json"),
         check_sockets(paths, library),
         *(await check_images(paths, library)),
@@ -221,7 +226,7 @@ def check_memory(library: Library | None, meminfo: Path = Path("/proc/meminfo"))
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     free_mib = int(lines["MemAvailable"].split()[0]) // 1024
     row = Requirement(name="memory", state=State.OK, found=f"{format_size(free_mib << 20)} available", purpose="the guests")
-    large = [machine.name for machine in (library.machines.values() if library else ()) if machine.memory_size > free_mib]
+    large = [machine.name for machine in (library.vms.values() if library else ()) if machine.memory_size > free_mib]
     if not large:
         return row
     remedy = f"lower memory-size of {', '.join(large)}, or end other programs"
@@ -230,7 +235,7 @@ def check_memory(library: Library | None, meminfo: Path = Path("/proc/meminfo"))
 
 def check_cores(library: Library | None) -> Requirement:
     cores = len(os.sched_getaffinity(0))
-    wanted = max((machine.cpu_count for machine in library.machines.values()), default=1) if library else 1
+    wanted = max((machine.cpu_count for machine in library.vms.values()), default=1) if library else 1
     shared = f"; {wanted} vCPUs share them" if wanted > cores else ""
     return Requirement(name="cores", state=State.OK, found=f"{cores}{shared}", purpose="the guests' CPUs are pinned to them")
 
@@ -261,9 +266,29 @@ def _read_verdict(file: Path) -> Verdict | None:
         return None
 
 
+def check_binfmt(status: Status, installed: Sequence[str], native: Sequence[str]) -> Requirement:
+    """Whether programs of other architectures run here.  Not needed for builds of this host's own, nor in VMs.
+
+    Args:
+        installed: the systems whose emulator is there.
+        native: those that need none.
+    """
+    row = Requirement(name="binfmt", state=State.WARNING, found="", purpose="builds for other architectures without a VM")
+    usable = find_usable(status, native)
+    broken = [usable.missing[name] for name in usable.missing if status.find(name) is not None]
+    found = ", ".join(usable.systems) or ("nothing is registered" if status.mounted else "binfmt_misc is not mounted")
+    if broken:
+        return replace(row, found="\n".join([found, *broken]), remedy=f"{sudo()}offload binfmt register --force")
+    if usable.systems:
+        return replace(row, state=State.OK, found=found)
+    if not installed:
+        return replace(row, found="no emulator is installed", remedy=install(PACKAGE))
+    return replace(row, found=found, remedy=f"{sudo()}offload binfmt register")
+
+
 def check_sockets(paths: Paths, library: Library | None) -> Requirement:
     """Whether every socket that we will make has a path that the kernel takes."""
-    instances = [_BUILD_INSTANCE, *(library.machines if library else ())]
+    instances = [_BUILD_INSTANCE, *(library.vms if library else ())]
     files = [InstanceFiles(paths.instances / name) for name in instances]
     sockets = {path: "XDG_STATE_HOME" for file in files for path in (file.qmp, file.console)}
     sockets[paths.socket] = "XDG_RUNTIME_DIR"
@@ -283,7 +308,7 @@ async def check_images(paths: Paths, library: Library | None) -> list[Requiremen
     if library is None:
         return []
     store, rows = ImageStore(paths.cache / "images"), []
-    for name in sorted({machine.image for machine in library.machines.values()}):
+    for name in sorted({machine.image for machine in library.vms.values()}):
         row = Requirement(name=f"image {name}", state=State.OK, found="", purpose="what machines boot from")
         try:
             digest = await store.digest(library.image(name), library.folders[name])

@@ -11,6 +11,7 @@ Each error says what happened, to which machine, image or build (`subject`), wha
       NotFoundError 5
       NotAllowedError 6
       BuildFailedError 1      the build's own doing
+        EmulatorFault         the doing of the emulator that it ran under: it may pass on another machine
       BuildTimeoutError 124
       CancelledError 130
       TransientError 75       another try can help
@@ -125,6 +126,10 @@ class NotAllowedError(OffloadError):
 
 class BuildFailedError(OffloadError):
     exit_status = 1
+
+
+class EmulatorFault(BuildFailedError):
+    """Not the build failed but the emulator that it ran under."""
 
 
 class BuildTimeoutError(OffloadError):

@@ -31,6 +31,7 @@ _DRAIN_LIMIT_S = 2.0
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|not enough free space|Could not allocate block", re.IGNORECASE)
 
 PACKAGES = {
+    "bwrap": "bubblewrap",
     "apt-config": "apt",
     "apt-get": "apt",
     "mke2fs": "e2fsprogs",
@@ -40,6 +41,7 @@ PACKAGES = {
     "sqfstar": "squashfs-tools",
     "tar": "tar",
     "unshare": "util-linux",
+    "unsquashfs": "squashfs-tools",
 }
 """Program -> the Debian package that has it."""
 

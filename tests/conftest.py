@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from offloadd.binfmt.status import find_usable, read_status
+from offloadd.host import native_systems
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -163,3 +166,25 @@ def make_world() -> Iterator[Callable[[], World]]:
 def world(make_world: Callable[[], World]) -> World:
     """One world for all tests of a module; what a test starts it ends, and the next one finds nothing of it."""
     return make_world()
+
+
+@pytest.fixture(scope="session")
+def binfmt() -> Iterator[tuple[str, ...]]:
+    """System types whose programs run here through qemu-user, registered by `offload binfmt` unless they were already."""
+    systems = ("aarch64-linux", "armhf-linux", "s390x-linux")
+    missing = find_usable(read_status(), native_systems()).missing
+    wanted = [system for system in systems if system in missing]
+    if wanted:
+        _as_root("binfmt", "register", *wanted)
+    yield systems
+    if wanted:
+        _as_root("binfmt", "unregister", *wanted)
+
+
+def _as_root(*arguments: str) -> None:
+    """Run `offload` as root; where that cannot be, the test fails: a skip would hide that nothing was tested."""
+    sudo = [] if os.geteuid() == 0 else ["sudo", "--non-interactive", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"]
+    command = [*sudo, sys.executable, "-m", "offload_cli", *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        pytest.fail(f"as root, run: offload {' '.join(arguments)}\n{done.stderr}", pytrace=False)

@@ -1,87 +1,103 @@
-"""`offload build`: send a directory, follow the build, bring the result back."""
+"""`offload build`: send the source, follow the build, bring the result back."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from offload_cli.complete import machine_names
+from offload_cli.complete import machine_names, system_names
 from offload_cli.connection import open_client
-from offload_cli.follow import Ended, follow
-from offload_cli.phases import Phases, open_phases
-from offload_cli.request import Changes, check_directory, find_recipe, make_request
-from offload_cli.result import DEFAULT, FAILED, check_out, default_out, keep_result
+from offload_cli.order import Done, Order, carry_out
+from offload_cli.phases import open_phases
+from offload_cli.request import Changes, make_request
+from offload_cli.result import check_out, default_out
+from offload_cli.route import show_decision
 from offload_cli.show import build_summary
-from offload_cli.terminal import LogStream, print_json, say, say_error
+from offload_cli.side_by_side import Run, carry_out_all, last_lines
+from offload_cli.target import DebianOptions, Target, find_target
+from offload_cli.terminal import LogStream, clean, print_json, say, say_error
 from offload_cli.words import json_option, tail
-from offloadd.errors import OffloadError, error_from_json
-from offloadd.model.quantity import format_size
+from offloadd.errors import OffloadError, UsageError, error_from_json
 
 if TYPE_CHECKING:
-    from offloadd.client import Client
     from offloadd.model.recipe import BuildRequest
-
-_TELL_EVERY_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Order:
-    """One build as it was asked for, checked."""
-
-    source: Path
-    request: BuildRequest
-    out: Path
-    exclude: tuple[Path, ...]
 
 
 def build(
     ctx: typer.Context,
-    directory: Path = typer.Argument(
-        Path(), metavar="[DIR]", show_default=False, help="The source; by default the current directory."
+    what: str | None = typer.Argument(
+        None, metavar="[WHAT]", show_default=False, help="A directory (by default the current one), a Debian package, a .dsc."
     ),
-    date: str | None = typer.Option(None, metavar="DATE", help="The clock at the first step: 2020-01-01, now, @SECONDS."),
+    system: list[str] = typer.Option(
+        [], "-s", "--system", metavar="SYSTEM", autocompletion=system_names, help="The system type to build for; repeatable."
+    ),
+    all_systems: bool = typer.Option(False, "--all-systems", help="Build for every system type that the recipe names."),
+    date: str | None = typer.Option(
+        None, metavar="DATE", help="The clock at the first step: 2020-01-01, '2 years ago', @SECONDS, or auto: the release's."
+    ),
     cpu: str | None = typer.Option(None, metavar="MODEL", help="The CPU model, in QEMU's words; by default one of that time."),
-    machine: str | None = typer.Option(
-        None, metavar="NAME", autocompletion=machine_names, help="The machine; by default the first that can."
-    ),
+    kernel: str | None = typer.Option(None, metavar="VERSION", help="What the kernel's version must begin with."),
+    machine: str | None = typer.Option(None, metavar="NAME", autocompletion=machine_names, help="Only this machine."),
+    prefer: list[str] = typer.Option([], metavar="NAME", help="A machine or kind to take first of those that can; repeatable."),
+    feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
+    network: bool = typer.Option(False, "--network", help="Give the steps the network, on a machine that allows it."),
+    explain: bool = typer.Option(False, "--explain", help="Show which machine would take it, and why; build nothing."),
     out: Path | None = typer.Option(
         None, "-o", "--out", metavar="OUT", help="Where the result goes; by default offload-out/NAME-VERSION."
     ),
     timeout: str | None = typer.Option(None, metavar="TIME", help="End the build after this time: 90, 10m, 2h."),
     max_silent_time: str | None = typer.Option(None, metavar="TIME", help="End the build when it is silent for this long."),
     keep_failed: bool = typer.Option(False, "--keep-failed", help="Bring a failed build's directory back, to OUT/failed."),
+    suite: str | None = typer.Option(None, metavar="SUITE", help="The Debian suite; by default bookworm or the recipe's."),
     package: list[str] = typer.Option([], "-p", "--package", metavar="PKG", help="A Debian package that it needs; repeatable."),
     output: list[str] = typer.Option([], "--output", metavar="PATTERN", help="What to bring back; repeatable."),
+    build_option: list[str] = typer.Option(
+        [], metavar="WORD", help="A word of DEB_BUILD_OPTIONS, for a Debian package; repeatable."
+    ),
+    no_check: bool = typer.Option(False, "--no-check", help="Skip a Debian package's own tests."),
     as_json: bool = json_option(),
 ) -> None:
-    """Build a directory in a machine, and bring the result back.
+    """Build on the machine that it needs, and bring the result back.
 
-    DIR holds an offload.yaml, or the command to run is given after `--` (in place of the steps of that file).
-    The build's log goes to standard output.
+    WHAT is a directory with an offload.yaml (or the command to run is given after `--`), a Debian source package
+    (NAME or NAME=VERSION) or a .dsc file.  The build's log goes to standard output and to OUT/build.log.
 
     \b
     Examples:
+      offload build -s aarch64-linux hello
       offload build --date 2020-06-01 examples/time-trap
+      offload build -s amd64 -s i386 -s arm64 --no-check ./hello_2.10-3.dsc
       offload build -p gcc -p make --output hello -o result ./hello -- make hello
+      offload build --explain -s arm64 hello
     """
+    requirements = {"suite": suite, "kernel": kernel, "features": tuple(feature) or None, "network": network or None}
+    changes = Changes(
+        command=tail(ctx),
+        packages=tuple(package),
+        outputs=tuple(output),
+        requirements={name: value for name, value in requirements.items() if value is not None},
+    )
     options = {
         "date": date,
         "cpu": cpu,
         "machine": machine,
+        "prefer": tuple(prefer),
         "timeout": timeout,
         "max-silent-time": max_silent_time,
         "keep-failed": keep_failed,
     }
     try:
-        changes = Changes(command=tail(ctx), packages=tuple(package), outputs=tuple(output))
-        order = _order(directory, changes, options, out)
-        status = _run(order, as_json=as_json)
+        target = find_target(what, changes, DebianOptions(build_options=tuple(build_option), check=not no_check))
+        systems = _systems(target, system, all_systems=all_systems)
+        requests = [make_request(target.work, {**options, **_released(target, date), "system": name}) for name in systems]
+        if explain:
+            _explain(requests, as_json=as_json)
+            return
+        orders = [Order(target=target, request=request, out=_out(out, target, request, systems)) for request in requests]
+        status = _one(orders[0], as_json=as_json) if len(orders) == 1 else _several(orders, as_json=as_json)
     except OffloadError as exc:
         if as_json:
             print_json({"state": "errored", "error": exc.to_json()})
@@ -89,70 +105,100 @@ def build(
     raise typer.Exit(status)
 
 
-def _order(directory: Path, changes: Changes, options: dict[str, Any], out: Path | None) -> _Order:
-    source = check_directory(directory)
-    recipe = find_recipe(source, changes)
-    request = make_request(recipe, options)
-    target = check_out(out or default_out(f"{recipe.name}-{recipe.version}"), source)
-    return _Order(source=source, request=request, out=target, exclude=(target, Path(DEFAULT).resolve()))
+def _systems(target: Target, asked: list[str], *, all_systems: bool) -> list[str | None]:
+    """The system types to build for; one that is None is the daemon's choice."""
+    from offloadd.model.recipe import BuildRecipe
+    from offloadd.model.system import find_system
+
+    if not all_systems:
+        try:
+            return list(dict.fromkeys(find_system(name).name for name in asked)) or [None]
+        except ValueError as exc:
+            raise UsageError(f"--system: {exc}") from exc
+    named = target.work.systems if isinstance(target.work, BuildRecipe) else ()
+    if asked:
+        raise UsageError("--all-systems and --system do not go together")
+    if not named:
+        raise UsageError("--all-systems: the recipe names no systems", hint="`systems: [x86_64-linux, ...]`, or -s")
+    return list(named)
 
 
-def _run(order: _Order, *, as_json: bool) -> int:
+def _released(target: Target, date: str | None) -> dict[str, Any]:
+    """What a directory says of its own age, when the date is to be found by itself."""
+    from offloadd.builder.release_date import release_date_of_directory
+
+    from offloadd.model.recipe import BuildRecipe
+
+    asked = date or (target.work.date if isinstance(target.work, BuildRecipe) else None)
+    if asked != "auto" or target.directory is None:
+        return {}
+    found, origin = release_date_of_directory(target.directory)
+    return {"released": {"date": found, "origin": origin}}
+
+
+def _out(out: Path | None, target: Target, request: BuildRequest, systems: list[str | None]) -> Path:
+    """Where the result of one of the requests goes."""
+    if out is None:
+        out = default_out(f"{target.name}-{request.system}" if request.system else target.name)
+    elif len(systems) > 1:
+        out = out / str(request.system)
+    return check_out(out, target.source)
+
+
+def _explain(requests: list[BuildRequest], *, as_json: bool) -> None:
+    status = 0
+    with open_client() as client:
+        for request in requests:
+            try:
+                show_decision(client.post("/v1/route", request.to_json()), as_json=as_json)
+            except typer.Exit as exc:
+                status = exc.exit_code
+    raise typer.Exit(status)
+
+
+def _one(order: Order, *, as_json: bool) -> int:
     """The whole build; its exit status."""
     with open_client() as client:
         with open_phases() as phases:
-            build = client.create_build(order.request, _packed(order, phases))
-            ended = _follow_or_cancel(client, build, phases, LogStream(to_stderr=as_json))
-        return _finish(client, order, build, ended, as_json=as_json)
-
-
-def _packed(order: _Order, phases: Phases) -> Iterator[bytes]:
-    """The source in pieces, with a word on how far it is."""
-    from offloadd.builder.source import pack_source
-
-    sent, told = 0, time.monotonic()
-    for piece in pack_source(order.source, exclude=order.exclude):
-        sent += len(piece)
-        if time.monotonic() - told >= _TELL_EVERY_S:
-            told = time.monotonic()
-            phases.tell(f"sending the source ({format_size(sent)})", None)
-        yield piece
-
-
-def _follow_or_cancel(client: Client, build: str, phases: Phases, log: LogStream) -> Ended:
-    try:
-        return follow(client.stream("GET", f"/v1/builds/{build}/events"), phases, log)
-    except KeyboardInterrupt:
-        # Said after the terminal may be gone (SIGHUP); a second Ctrl-C leaves the rest to the daemon.
-        with suppress(OSError):
-            phases.pause()
-            log.end()
-            say("cancelling the build (Ctrl-C again: do not wait for it)")
-        client.cancel_build(build)
-        raise
-    except BaseException:
-        # Nobody follows it any more: standard error is closed, the connection broke.
-        client.cancel_build(build)
-        raise
-
-
-def _finish(client: Client, order: _Order, build: str, ended: Ended, *, as_json: bool) -> int:
-    """Tell how it went, and fetch what there is."""
-    error = ended.result.get("error")
-    if isinstance(error, dict):
-        say_error(error_from_json(error))
-    shown, kept = dict(ended.result), None
-    if ended.state != "cancelled":
-        kept = keep_result(client, order.out, build, ended.result, outputs=_outputs(order, ended))
-        shown["out"] = str(kept.directory)
-    say("\n".join(build_summary(ended.state, ended.result, kept)))
+            done = carry_out(client, order, phases, LogStream(to_stderr=as_json), lambda build: None)
+        _tell(done)
     if as_json:
-        print_json(shown)
-    return ended.exit_status
+        print_json(done.to_json())
+    return done.ended.exit_status
 
 
-def _outputs(order: _Order, ended: Ended) -> str | None:
-    """Where the outputs go inside of OUT; None when there is nothing that is whole."""
-    if ended.state == "succeeded":
-        return ""
-    return FAILED if ended.state == "failed" and order.request.keep_failed else None
+def _tell(done: Done) -> None:
+    _tell_error(done.ended.result.get("error"))
+    say("\n".join(build_summary(done.ended.state, done.ended.result, done.kept)))
+
+
+def _tell_error(error: object) -> None:
+    if isinstance(error, Mapping):
+        say_error(error_from_json(dict(error)))
+
+
+def _several(orders: list[Order], *, as_json: bool) -> int:
+    """All of them side by side; the exit status of the worst."""
+    with open_client():  # the daemon is there before many ask for it
+        pass
+    runs = carry_out_all([(str(order.request.system), order) for order in orders])
+    for run in runs:
+        _tell_run(run)
+    if as_json:
+        print_json([_run_json(run) for run in runs])
+    return max(run.exit_status for run in runs)
+
+
+def _tell_run(run: Run) -> None:
+    if run.error is not None:
+        say(clean(f"{run.name}: {run.error.render()}"))
+    elif run.done is not None:
+        if run.done.ended.exit_status:
+            say(f"{run.name}: the log ends with\n{last_lines(clean(run.done.log))}")
+        _tell(run.done)
+
+
+def _run_json(run: Run) -> dict[str, Any]:
+    if run.done is not None:
+        return run.done.to_json()
+    return {"system": run.name, "state": "errored", "error": run.error.to_json() if run.error else None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from offloadd.errors import OffloadError
@@ -11,8 +12,18 @@ def machine_names(incomplete: str) -> list[str]:
     return _from_files("machines", incomplete)
 
 
+def vm_names(incomplete: str) -> list[str]:
+    return _from_files("vms", incomplete)
+
+
 def image_names(incomplete: str) -> list[str]:
     return _from_files("images", incomplete)
+
+
+def system_names(incomplete: str) -> list[str]:
+    from offloadd.model.system import SYSTEMS
+
+    return [name for name in SYSTEMS if name.startswith(incomplete)]
 
 
 def build_names(incomplete: str) -> list[tuple[str, str]]:
@@ -20,6 +31,18 @@ def build_names(incomplete: str) -> list[tuple[str, str]]:
     rows = _ask("/v1/builds")
     found = [(str(row["build"]), f"{row['name']} {row['version']}: {row['state']}") for row in rows]
     return [(build, words) for build, words in found if build.startswith(incomplete)]
+
+
+def environment_names(incomplete: str) -> list[tuple[str, str]]:
+    """The digests of environments, with what they are."""
+    rows = _ask("/v1/environments")
+    found = [(str(row["digest"])[:12], f"{row['recipe']['suite']} {row['recipe']['architecture']}") for row in rows]
+    return [(digest, words) for digest, words in found if digest.startswith(incomplete)]
+
+
+def quirk_names(incomplete: str) -> list[str]:
+    """What `offload quirks` remembers."""
+    return sorted({str(row["name"]) for row in _ask("/v1/quirks") if str(row["name"]).startswith(incomplete)})
 
 
 def _ask(path: str) -> list[dict[str, Any]]:
@@ -42,5 +65,6 @@ def _from_files(kind: str, incomplete: str) -> list[str]:
         library = load_library(find_paths().library)
     except OffloadError:
         return []
-    names = library.machines if kind == "machines" else library.images
+    known: dict[str, Iterable[str]] = {"machines": library.machines, "vms": library.vms, "images": library.images}
+    names = known[kind]
     return sorted(name for name in names if name.startswith(incomplete))

@@ -27,27 +27,35 @@ def open_client() -> Iterator[Client]:
     from offloadd.client import Client
 
     with Client() as client:
-        notice = threading.Timer(_PATIENCE_S, say, ["starting offloadd"])
-        notice.daemon = True
-        notice.start()
-        try:
+        with patience("starting offloadd"):
             client.ensure_daemon()
-        finally:
-            notice.cancel()
         yield client
 
 
-def show_work(client: Client, path: str, first: str) -> dict[str, Any]:
+@contextmanager
+def patience(text: str) -> Iterator[None]:
+    """Say what is being done when the block takes longer than a moment."""
+    notice = threading.Timer(_PATIENCE_S, say, [text])
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
+
+
+def show_work(client: Client, path: str, first: str, body: Any = None) -> dict[str, Any]:
     """Ask for what takes long and show its phases; what it gave.
 
     Args:
         first: what is being done until the daemon tells more.
+        body: what is sent with it, as JSON.
     Raises:
         OffloadError: what went wrong in the daemon.
     """
     with open_phases() as phases:
         phases.tell(first, None)
-        for event in client.stream("POST", path):
+        for event in client.stream("POST", path, body=body):
             match event.pop("event", None):
                 case "phase":
                     phases.tell(str(event.get("text", "")), event.get("fraction"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload_cli.phases import Phases
-from offload_cli.terminal import LogStream
+from offload_cli.terminal import Log
 from offloadd.errors import DaemonError
 
 
@@ -22,7 +22,7 @@ class Ended:
     """What becomes build.json."""
 
 
-def follow(events: Iterable[Mapping[str, Any]], phases: Phases, log: LogStream) -> Ended:
+def follow(events: Iterable[Mapping[str, Any]], phases: Phases, log: Log) -> Ended:
     """Show the events until the last one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`offload image` and `offload env`."""
+"""`offload image`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import typer
 
 from offload_cli.complete import image_names
 from offload_cli.connection import open_client, show_work
-from offload_cli.show import environments_table, image_text, images_table
+from offload_cli.show import image_text, images_table
 from offload_cli.terminal import print_json, print_text, say
 from offload_cli.words import json_option, known_form
 from offloadd.model.quantity import format_duration, format_size
 
 app = typer.Typer(help="The images that machines boot from.", no_args_is_help=True, rich_markup_mode=None)
-environments = typer.Typer(help="The root file systems that builds run in.", no_args_is_help=True, rich_markup_mode=None)
 
 _NAME = typer.Argument(
     metavar="NAME", callback=known_form, autocompletion=image_names, help="The image's name, or the beginning of its digest."
@@ -107,28 +106,3 @@ def gc(as_json: bool = json_option()) -> None:
     else:
         counts = (f"{len(digests)} {kind if len(digests) != 1 else kind[:-1]}" for kind, digests in gone.items())
         say(f"removed {' and '.join(counts)}")
-
-
-@environments.callback()
-def _group() -> None:
-    """The root file systems that builds run in, each made from a recipe's packages and kept.
-
-    `offload image gc` removes those that no build used lately.
-    """
-
-
-@environments.command("list")
-def list_environments(as_json: bool = json_option()) -> None:
-    """List the environments that were made; `offload image gc` removes old ones.
-
-    \b
-    Example:
-      offload env list
-    """
-    with open_client() as client:
-        rows = client.get("/v1/environments")
-    if as_json:
-        print_json(rows)
-    else:
-        none = "No environments yet: a build makes the one that it needs."
-        print_text(environments_table(rows, time.time()) if rows else none)

@@ -11,8 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from offload_cli import builds, daemon, doctor, images, machines
+from offload_cli import binfmt, builds, daemon, doctor, environments, images, machine, quirks, vm
 from offload_cli.build import build
+from offload_cli.route import route
 from offload_cli.terminal import say, say_error
 from offload_cli.words import EXIT_STATUSES, WithCommand
 from offloadd import __version__
@@ -52,10 +53,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=WithCommand)(build)
+app.command()(route)
 builds.add_to(app)
 app.add_typer(images.app, name="image")
-app.add_typer(images.environments, name="env")
-app.add_typer(machines.app, name="vm")
+app.add_typer(environments.app, name="env")
+app.add_typer(machine.app, name="machine")
+app.add_typer(vm.app, name="vm")
+app.add_typer(binfmt.app, name="binfmt")
+app.add_typer(quirks.app, name="quirks")
 app.add_typer(daemon.app, name="daemon")
 app.command()(doctor.doctor)
 

@@ -35,7 +35,9 @@ class Phases(Protocol):
 class PlainPhases:
     """Each phase once, as `==> phase`; of those with a fraction, which go through hundreds of texts, one every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        """`name` says which of several builds it is about."""
+        self._name = f"{name}: " if name else ""
         self._seen: set[str] = set()
         self._told = 0.0
 
@@ -49,7 +51,7 @@ class PlainPhases:
             self.line(text if fraction is None or fraction >= 1 else f"{text} ({fraction:.0%})")
 
     def line(self, text: str) -> None:
-        sys.stderr.write(f"==> {one_line(text)}\n")
+        sys.stderr.write(f"==> {self._name}{one_line(text)}\n")
         sys.stderr.flush()
 
     def pause(self) -> None:
@@ -72,19 +74,7 @@ class LivePhases:
         progress.update(self._task, description=one_line(text, 100), total=total, completed=completed)
 
     def _start(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.table import Column
-
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            console=Console(stderr=True, highlight=False),
-            transient=True,
-            expand=True,
-        )
+        self._progress = make_progress(transient=True)
         self._progress.start()
         self._task = self._progress.add_task("", total=None)
         task = self._progress.tasks[0]
@@ -102,10 +92,32 @@ class LivePhases:
             self._progress = self._task = None
 
 
+def make_progress(*, transient: bool) -> Progress:
+    """Lines with a bar and the time since the beginning; with `transient` they vanish at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=transient,
+        expand=True,
+    )
+
+
+def is_live() -> bool:
+    """Whether standard error is a terminal whose lines can change."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def open_phases() -> Iterator[Phases]:
     """Phases on standard error, of the kind that fits to it."""
-    phases = LivePhases() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else PlainPhases()
+    phases = LivePhases() if is_live() else PlainPhases()
     try:
         yield phases
     finally:

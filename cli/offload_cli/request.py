@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,7 @@ from offloadd.errors import ConfigError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from offloadd.model.base import Value
-    from offloadd.model.recipe import BuildRecipe, BuildRequest
+    from offloadd.model.recipe import BuildRecipe, BuildRequest, DebianBuild
 
 V = TypeVar("V", bound="Value")
 RECIPE = "offload.yaml"
@@ -41,6 +41,8 @@ class Changes:
     """In place of the steps."""
     packages: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    requirements: Mapping[str, Any] = field(default_factory=dict)
+    """What else it says of the machine and the environment, spelled as in the recipe."""
 
 
 def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
@@ -59,7 +61,7 @@ def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
     if changes.command:
         defaults["steps"] = [shlex.join(changes.command)]
         # What is wrong with it is not the file's fault.
-        bare = _checked(BuildRecipe, defaults, _NAMES)
+        bare = checked(BuildRecipe, defaults, _NAMES)
     if file.exists():
         recipe = load_value(file, BuildRecipe, defaults=defaults)
     elif changes.command:
@@ -72,23 +74,31 @@ def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
         "steps": defaults.get("steps", recipe.steps),
         "packages": (*recipe.packages, *changes.packages),
         "outputs": (*recipe.outputs, *changes.outputs),
+        **changes.requirements,
+        "features": (*recipe.features, *changes.requirements.get("features", ())),
     }
-    return _checked(BuildRecipe, values, _NAMES)
+    return checked(BuildRecipe, values, _NAMES)
 
 
-def make_request(recipe: BuildRecipe, options: Mapping[str, Any]) -> BuildRequest:
+def make_request(work: BuildRecipe | DebianBuild, options: Mapping[str, Any]) -> BuildRequest:
     """The request; `options` are spelled as on the command line, without the dashes.
 
     Raises:
         UsageError: one of them is wrong, with its name.
     """
-    from offloadd.model.recipe import BuildRequest
+    from offloadd.model.recipe import BuildRecipe, BuildRequest
 
     given = {name: value for name, value in options.items() if value is not None}
-    return _checked(BuildRequest, {"recipe": recipe, **given}, {})
+    kind = "recipe" if isinstance(work, BuildRecipe) else "debian"
+    return checked(BuildRequest, {kind: work, **given}, {})
 
 
-def _checked(kind: type[V], values: dict[str, Any], names: Mapping[str, str]) -> V:
+def checked(kind: type[V], values: dict[str, Any], names: Mapping[str, str]) -> V:
+    """A value from options; `names` says how a field is called on the command line, when not `--FIELD`.
+
+    Raises:
+        UsageError: one is wrong, with its name.
+    """
     from offloadd.config.document import Document
     from offloadd.config.load import check_document
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from offloadd.errors import HostError, UsageError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from offloadd.client import Client
 
 RECORD = "build.json"
+LOG = "build.log"
 DEFAULT = "offload-out"
 FAILED = "failed"
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
@@ -89,10 +90,13 @@ def _is_ours(record: Path) -> bool:
     return isinstance(found, dict) and {"build", "state"} <= found.keys()
 
 
-def keep_result(client: Client, target: Path, build: str, result: Mapping[str, Any], *, outputs: str | None) -> Result:
-    """Fetch the outputs of `build` and put them and the record at `target`, all at once.
+def keep_result(
+    client: Client, target: Path, build: str, result: Mapping[str, Any], log: BinaryIO, *, outputs: str | None
+) -> Result:
+    """Fetch the outputs of `build` and put them, the log and the record at `target`, all at once.
 
     Args:
+        log: read from its beginning.
         outputs: the directory in `target` for the outputs (empty: `target` itself), None when they are not wanted.
     Raises:
         HostError: it cannot be written.
@@ -107,6 +111,10 @@ def keep_result(client: Client, target: Path, build: str, result: Mapping[str, A
             unpacked = unpack_outputs(tar, new / outputs)
             files, size, left_out = unpacked.files, unpacked.size, unpacked.left_out
             tar.unlink()
+        if not os.path.lexists(new / LOG):  # an output of that name is what the user asked for
+            with (new / LOG).open("wb") as file:
+                log.seek(0)
+                shutil.copyfileobj(log, file)
         record = new / RECORD
         record.unlink(missing_ok=True)
         record.write_text(json.dumps(dict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -100,17 +100,26 @@ def build_summary(state: str, result: Mapping[str, Any], kept: Result | None) ->
 
 
 def _where(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    about = [("system", str(result.get("system", ""))), ("date", _automatic_date(result))]
     if "instance" not in result:
-        return [("machine", str(result.get("machine", "")))]
+        kernel = f" (Linux {result['kernel']})" if result.get("kernel") else ""
+        return [*about, ("machine", f"{result.get('machine', '')}{kernel}"), ("tried before", str(result.get("retried", "")))]
     boot = result.get("boot_s")
     how = f", booted for it in {format_duration(boot)}" if result.get("own_vm") and boot else ", which was running"
     clock, model, accelerator = result.get("clock"), str(result.get("cpu", "")), str(result.get("accelerator", ""))
     return [
+        *about,
         ("machine", f"{result['machine']}{how}"),
+        ("tried before", str(result.get("retried", ""))),
         ("accelerator", f"{accelerator.upper()} (QEMU {result.get('qemu', '?')})"),
         ("CPU", cpu(model, result.get("missing_cpu_features", []), accelerator, limit=4)),
-        ("date", f"{moment(clock)} in the guest" if isinstance(clock, (int, float)) else ""),
+        ("clock", f"{moment(clock)} in the guest" if isinstance(clock, (int, float)) else ""),
     ]
+
+
+def _automatic_date(result: Mapping[str, Any]) -> str:
+    """A date that was found by itself, and where."""
+    return f"{result.get('date', '')}, from {result['date_from']}" if result.get("date_from") else ""
 
 
 def _kept(result: Mapping[str, Any], kept: Result | None) -> list[tuple[str, str]]:
@@ -190,7 +199,7 @@ def machines_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
     def row(machine: Mapping[str, Any]) -> list[str]:
         state = f"{machine['state']} ({ago(machine['since'], now)})" if machine.get("since") else str(machine["state"])
         memory = format_size(machine["memory_mib"] * 1024 * 1024)
-        cells = [machine["name"], machine["kind"], state, machine["date"], machine.get("cpu") or "by date"]
+        cells = [machine["name"], machine["kind"], state, machine["date"] or "today", machine.get("cpu") or "by date"]
         return [*cells, str(machine["cpu_count"]), memory, str(machine.get("ssh_port") or "-")]
 
     return table(["NAME", "KIND", "STATE", "DATE", "CPU", "vCPUs", "MEMORY", "SSH"], map(row, rows))
@@ -230,7 +239,7 @@ def _instance_fields(instance: Mapping[str, Any], now: float) -> list[tuple[str,
 def _declared_fields(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
     forwards = machine.get("configuration", {}).get("port-forwardings", {})
     return [
-        ("date", f"{machine['date']} at each start"),
+        ("date", f"{machine['date']} at each start" if machine["date"] else "the host's"),
         ("CPU", machine.get("cpu") or "the newest released before that date"),
         ("ports", ", ".join(f"127.0.0.1:{host} -> {guest}" for host, guest in forwards.items())),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 from offloadd.errors import OffloadError
 
@@ -74,6 +74,16 @@ def print_text(text: str) -> None:
 
 def print_json(value: Any) -> None:
     print_text(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class Log(Protocol):
+    """Where a build's log goes."""
+
+    def write(self, text: str) -> None:
+        """Take a piece of it."""
+
+    def end(self) -> None:
+        """Others use the terminal now."""
 
 
 class LogStream:

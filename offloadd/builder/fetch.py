@@ -18,6 +18,7 @@ import httpx
 import trio
 
 from offloadd.builder import pypi
+from offloadd.builder.archive import Archive
 from offloadd.builder.kept import PartialFile, find_kept, open_partial, sweep
 from offloadd.builder.pypi import redacted
 from offloadd.errors import FetchError, HostError, SourceError
@@ -37,34 +38,50 @@ _PROXY_HINT = "write HTTPS_PROXY as http://HOST:PORT"
 
 
 async def fetch_sources(
-    sources: Sequence[Source], cache_root: Path, progress: Progress, *, max_bytes: int = MAX_SOURCE_BYTES
+    sources: Sequence[Source], archive: Archive, progress: Progress, *, max_bytes: int = MAX_SOURCE_BYTES
 ) -> list[Path]:
-    """Fetch what is not kept yet; return one path for each of `sources`, in their order.
+    """Fetch what is not kept yet; return the path of each of `sources` in their order, of a Debian source package its files'.
 
-    Proxies and certificate authorities are those of the environment, and those of pip's configuration when a source comes from
-    its package index.  The caller sets the time limit.
+    Proxies and certificate authorities are those of the environment, those of pip's configuration when a source comes from its
+    package index, and apt's for Debian's.  The caller sets the time limit.
 
+    Args:
+        archive: the Debian source packages of the recipe's suite; everything that is fetched is kept in `archive.kept`.
     Raises:
         SourceError: a source is not what the recipe says, or two of them would have the same name in the build directory.
+        NotFoundError: the suite does not have a Debian source package.
         FetchError: the network, a proxy or a server failed.
-        HostError: the cache cannot be written, or pip is missing.
+        HostError: the cache cannot be written, or pip or apt is missing.
     """
+    cache_root = archive.kept
     try:
         await trio.to_thread.run_sync(sweep, cache_root)
-        found = [await _find_kept(source, cache_root) for source in sources]
-        missing = [source for source, path in zip(sources, found, strict=True) if path is None]
-        fetched: dict[Source, Path] = {}
-        if missing:
+        found = {source: await _find_kept(source, cache_root) for source in dict.fromkeys(sources)}
+        missing = [source for source, paths in found.items() if not paths]
+        if any(source.debian is None for source in missing):
             settings = await _settings_for(missing)
             async with _open_client(settings) as client:
                 fetcher = _Fetcher(client, settings, cache_root, progress, max_bytes)
-                for source in dict.fromkeys(missing):
-                    fetched[source] = await fetcher.fetch(source)
+                for source in missing:
+                    if source.debian is None:
+                        found[source] = [await fetcher.fetch(source)]
+        for source in missing:
+            if source.debian is not None:
+                found[source] = await _fetch_debian(source.debian, archive, progress)
     except OSError as exc:
         raise HostError(f"cannot keep sources: {exc.strerror or exc}", subject=str(cache_root)) from exc
-    paths = [path or fetched[source] for source, path in zip(sources, found, strict=True)]
+    paths = [path for source in sources for path in found[source]]
     _refuse_same_names(paths)
     return paths
+
+
+async def _fetch_debian(wanted: str, archive: Archive, progress: Progress) -> list[Path]:
+    def tell(phase: str, fraction: float | None) -> None:
+        progress(wanted, 0, None)
+
+    name, _, version = wanted.partition("=")
+    package = await archive.fetch(name, version or None, tell)
+    return list(package.files)
 
 
 async def _settings_for(sources: Sequence[Source]) -> pypi.PipSettings:
@@ -93,12 +110,13 @@ class _Fetcher:
         self._max_bytes = max_bytes
 
     async def fetch(self, source: Source) -> Path:
+        assert source.sha256 is not None
         if source.url is not None:
             return await self._fetch_file(source.url, _url_filename(source.url), source.sha256)
-        candidate = await self._find_sdist(source)
+        candidate = await self._find_sdist(source, source.sha256)
         return await self._fetch_file(candidate.url, _checked_filename(candidate.filename), source.sha256)
 
-    async def _find_sdist(self, source: Source) -> pypi.Candidate:
+    async def _find_sdist(self, source: Source, sha256: str) -> pypi.Candidate:
         assert source.pypi is not None
         name, _, version = source.pypi.partition("==")
         candidates: list[pypi.Candidate] = []
@@ -109,10 +127,10 @@ class _Fetcher:
             except FetchError as exc:
                 failures.append(exc)
                 continue
-            if any(candidate.sha256 == source.sha256 for candidate in candidates):
+            if any(candidate.sha256 == sha256 for candidate in candidates):
                 break
         # A page that did not answer matters only when no other one has the file.
-        chosen = pypi.choose(candidates, name=name, version=version, sha256=source.sha256)
+        chosen = pypi.choose(candidates, name=name, version=version, sha256=sha256)
         if chosen is not None:
             return chosen
         if failures:
@@ -216,8 +234,12 @@ def _trust_place(context: ssl.SSLContext, place: Path) -> None:
         raise HostError("certificate authorities cannot be read from here", subject=str(place)) from exc
 
 
-async def _find_kept(source: Source, cache_root: Path) -> Path | None:
-    return await trio.to_thread.run_sync(find_kept, cache_root, source.sha256, partial(_is_named, source))
+async def _find_kept(source: Source, cache_root: Path) -> list[Path]:
+    """The file that is kept; none of a Debian source package, of which the archive knows better."""
+    if source.sha256 is None:
+        return []
+    path = await trio.to_thread.run_sync(find_kept, cache_root, source.sha256, partial(_is_named, source))
+    return [path] if path else []
 
 
 def _is_named(source: Source, filename: str) -> bool:

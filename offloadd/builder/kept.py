@@ -58,12 +58,12 @@ class PartialFile:
             while piece := file.read(_PIECE_BYTES):
                 self.write(piece)
 
-    def keep(self, subject: str) -> Path:
-        """Move the file to its place; SourceError about `subject` when its digest is another one."""
+    def keep(self, subject: str, said_by: str = "the recipe") -> Path:
+        """Move the file to its place; SourceError about `subject` when its digest is another one than `said_by` says."""
         found = self._digest.hexdigest()
         if found != self._sha256:
             raise SourceError(
-                "has another digest than the recipe says",
+                f"has another digest than {said_by} says",
                 subject=subject,
                 hint="was the file exchanged, or the digest copied for another one?",
                 detail=f"wanted: sha256 {self._sha256}\nfound:  sha256 {found} ({self.size} bytes)",

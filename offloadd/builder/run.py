@@ -1,14 +1,17 @@
-"""One build in a guest that we are logged in to.
+"""One build, wherever it runs: in a guest, on this host, on a remote one.
 
-The guest's build service is started over the channel and spoken to in frames (`offloadd.guest.frames`).  As long as the channel
-is open the build has somebody who wants it; when it closes the service ends everything that the build started.
+The build service there is started and spoken to in frames (`offloadd.guest.frames`).  As long as its channel is open the build
+has somebody who wants it; when it closes the service ends everything that the build started.  `guest` is here whatever is at
+the other end.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,19 +20,19 @@ from typing import Any, Protocol
 import trio
 
 from offloadd.builder.outputs import OutputsReceiver
-from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, UsageError
+from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, TransientError, UsageError
 from offloadd.guest.frames import MAX_PAYLOAD, PIECE, Decoder, Frame, encode
-from offloadd.guest.ssh import Guest, GuestProcess
 from offloadd.model.quantity import format_date, format_duration
 from offloadd.nursery import open_narrow_nursery
 from offloadd.vm.console import clean
 
-COMMAND = "sudo -n /usr/lib/offload/build-service"
+PROTOCOL = 2
 PREPARE_S = 900.0
 """For the guest to take the source and to find its disk."""
 LAST_WORDS_S = 2.0
 """For what a build service that ended has said."""
-CLOCK_TOLERANCE_S = 10.0
+CLOCK_TOLERANCE_S = 120.0
+"""More than a slow guest needs from its boot to the first step, and less than any time trap minds."""
 MAX_LOG_BYTES = 1 << 30
 _LEAST_LOG_BYTES = 64
 """What any piece of the log counts for: that much of an event is around each, and a guest may send single bytes."""
@@ -37,6 +40,34 @@ _LEAST_LOG_BYTES = 64
 DEFAULT_TIMEOUT_S = 24 * 3600.0
 DEFAULT_MAX_SILENT_S = 3600.0
 """Both are guix-daemon's."""
+
+
+class Channel(Protocol):
+    """The three standard streams of a build service that runs."""
+
+    async def send(self, data: bytes) -> None:
+        """Write to its standard input, waiting while it is slow.
+
+        Raises:
+            TransientError: nobody reads any more.
+        """
+
+    async def receive(self) -> bytes:
+        """Some of its standard output; empty at the end."""
+
+    async def receive_error(self) -> bytes:
+        """The same for standard error."""
+
+
+class BuildService(Protocol):
+    """A place where the build service can be started."""
+
+    def open_process(self) -> AbstractAsyncContextManager[Channel]:
+        """Start it; leaving the block ends it with all that it started.
+
+        Raises:
+            TransientError: it cannot be started.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +82,12 @@ class Job:
     outputs: tuple[str, ...]
     source: Path
     """A tar; its times are not later than the guest's clock."""
-    environment: str
-    """The serial of the environment's disk."""
+    environment: str | None
+    """The serial of the environment's disk, or the absolute path of its unpacked root; None: what the guest has of its own."""
+    personality: str | None = None
+    """`linux32`: uname names the 32-bit machine, for builds in a 32-bit environment on a 64-bit kernel."""
+    network: bool = False
+    """Whether the steps have the guest's network, and not a loopback device alone."""
     set_clock: int | None
     """Seconds since 1970 to which the guest's clock is set right before the first step; None leaves it alone."""
     expected_clock: Callable[[], float]
@@ -67,6 +102,12 @@ class Report:
     """What the guest said about the build.  `started` is empty when it did not get that far."""
 
     started: dict[str, Any]
+    clock_start: float | None = None
+    """The guest's clock right before the first step, in seconds since 1970."""
+    clock_end: float | None = None
+    """The same after the last step."""
+    clock_drift_s: float = 0.0
+    """How far that was from what it should have been."""
     exit_status: int = 0
     failed_step: int = 0
     missing_outputs: tuple[str, ...] = ()
@@ -82,7 +123,7 @@ class Listener(Protocol):
     def collecting(self) -> None: ...
 
 
-async def run_build(guest: Guest, job: Job, outputs: OutputsReceiver, listener: Listener) -> Report:
+async def run_build(service: BuildService, job: Job, outputs: OutputsReceiver, listener: Listener) -> Report:
     """Run the job; its outputs are in `outputs` afterwards.
 
     Returns:
@@ -90,9 +131,10 @@ async def run_build(guest: Guest, job: Job, outputs: OutputsReceiver, listener: 
     Raises:
         BuildTimeoutError: the build took or was silent for too long.
         BuildFailedError: it succeeded, but outputs are missing; or its log is too large.
-        ProtocolError, SshError: the guest did not keep to the protocol, or shows a wrong clock.
+        ProtocolError: the guest did not keep to the protocol, or shows a wrong clock.
+        TransientError: the service cannot be started, or the channel to it broke.
     """
-    async with guest.open_process(COMMAND) as process:
+    async with service.open_process() as process:
         session = _Session(process, job, outputs, listener)
         async with open_narrow_nursery() as nursery:
             nursery.start_soon(session.read_errors)
@@ -103,7 +145,7 @@ async def run_build(guest: Guest, job: Job, outputs: OutputsReceiver, listener: 
 
 
 class _Session:
-    def __init__(self, process: GuestProcess, job: Job, outputs: OutputsReceiver, listener: Listener) -> None:
+    def __init__(self, process: Channel, job: Job, outputs: OutputsReceiver, listener: Listener) -> None:
         self.report = Report(started={})
         self._process = process
         self._job = job
@@ -128,9 +170,11 @@ class _Session:
     async def send_source(self) -> None:
         job = self._job
         begin = {
-            "protocol": 1,
+            "protocol": PROTOCOL,
             "build": job.build,
             "environment": job.environment,
+            "personality": job.personality,
+            "network": job.network,
             "date": job.set_clock,
             "directory": f"/build/{job.name}",
             "steps": job.steps,
@@ -147,7 +191,7 @@ class _Session:
                 while piece := await file.read(PIECE):
                     await self._process.send(encode(b"S", piece))
             await self._process.send(encode(b"s"))
-        except SshError:
+        except TransientError:
             # A service that closes has said why: whoever receives reads that first.
             await trio.sleep(LAST_WORDS_S)
             raise
@@ -161,7 +205,7 @@ class _Session:
                 if not data:
                     with trio.move_on_after(LAST_WORDS_S):
                         await self._no_more_errors.wait()
-                    raise self._broken("the guest's build service ended early", error=SshError)
+                    raise self._broken("the build service ended early", error=SshError)
                 for frame in self._decoder.feed(data):
                     self._take(frame)
         if self._done:
@@ -207,18 +251,17 @@ class _Session:
             case "outputs" if self._exited:
                 self._note_missing(event.get("missing"))
             case "error":
-                raise self._broken(f"the guest's build service: {clean(str(event.get('what'))[:1000])}")
+                raise self._broken(f"the build service: {clean(str(event.get('what'))[:1000])}")
             case other:
                 raise self._broken(f"the guest sent the event {repr(other)[:100]} out of order")
 
     def _started(self, event: dict[str, Any]) -> None:
-        clock, expected = event.get("clock"), self._job.expected_clock()
-        # A guest can send NaN, which is neither near nor far, and numbers that no float holds.
-        near = isinstance(clock, (int, float)) and expected - CLOCK_TOLERANCE_S <= clock <= expected + CLOCK_TOLERANCE_S
-        if not near:
-            shown = _shown(clock)
+        clock, expected = _clock(event), self._job.expected_clock()
+        if clock is None or abs(clock - expected) > CLOCK_TOLERANCE_S:
+            shown = _shown(event.get("clock"))
             raise self._broken(f"the guest's clock shows {shown}, not {_shown(expected)}: the build was not started")
         self.report.started = event
+        self.report.clock_start = clock
         self._began = trio.current_time()
         self._limit.deadline = self._began + self._job.timeout_s
         self._silence.deadline = self._began + self._job.max_silent_s
@@ -245,7 +288,20 @@ class _Session:
         self.report.duration_s = trio.current_time() - self._began
         self.report.exit_status = _number(event, "status")
         self.report.failed_step = _number(event, "step") if self.report.exit_status else 0
+        self._note_clock(event)
         self._listener.collecting()
+
+    def _note_clock(self, event: dict[str, Any]) -> None:
+        """What was built with a wrong clock is built, but whoever reads the log must know."""
+        clock, job = _clock(event), self._job
+        if clock is None:
+            raise self._broken(f"the guest sent the clock {repr(event.get('clock'))[:100]}")
+        expected = job.expected_clock() if job.set_clock is None else (self.report.clock_start or 0) + self.report.duration_s
+        self.report.clock_end = clock
+        self.report.clock_drift_s = round(clock - expected, 3)
+        if abs(self.report.clock_drift_s) > CLOCK_TOLERANCE_S:
+            shown = f"{_shown(clock)}, not {_shown(expected)}"
+            self._listener.log(f"\noffload: warning: the guest's clock shows {shown} at the end of the build\n")
 
     def _finish(self) -> None:
         wanted = self._job.keep_failed or not self.report.exit_status
@@ -266,6 +322,18 @@ def _number(event: dict[str, Any], field: str) -> int:
     if type(value) is not int or not 0 <= value <= 1_000_000:
         raise ProtocolError(f"the guest sent {field} {repr(value)[:100]}")
     return value
+
+
+def _clock(event: dict[str, Any]) -> float | None:
+    """Seconds since 1970.  A guest can send anything: NaN, which is neither near nor far, and numbers that no float holds."""
+    clock = event.get("clock")
+    if isinstance(clock, bool) or not isinstance(clock, int | float):
+        return None
+    try:
+        seconds = float(clock)
+    except OverflowError:
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def _shown(moment: object) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +35,20 @@ def pack_source(directory: Path, *, exclude: Collection[Path] = (), newest: int 
             yield _clamped(member, newest).header()
             if member.kind is Kind.FILE:
                 yield from _content(path, member.size)
+        except OSError as exc:
+            raise _unreadable(exc, path) from exc
+    yield END
+
+
+def pack_files(files: Sequence[Path]) -> Iterator[bytes]:
+    """Single files as a tar, under their own names.  Blocks, and raises as `pack_source`."""
+    for path in sorted(files, key=lambda path: path.name):
+        try:
+            # Not what may be a link, as in a directory of downloads, but what it leads to.
+            resolved = path.resolve(strict=True)
+            member = replace(_member(resolved, path.name, {}), link="", kind=Kind.FILE)
+            yield member.header()
+            yield from _content(resolved, member.size)
         except OSError as exc:
             raise _unreadable(exc, path) from exc
     yield END

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,28 @@ class Document:
     file: str
     values: dict[str, Any]
     lines: dict[FieldPath, int]
+    inherited: Mapping[str, str] = field(default_factory=dict)
+    """Field -> the file that sets it, where that is another one."""
+
+    def source(self, path: FieldPath) -> str:
+        """The file in which `path` stands."""
+        return self.inherited.get(str(path[0]), self.file) if path else self.file
 
     def line(self, path: FieldPath) -> int:
         """The line of `path`, or of the nearest field around it that exists."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
+
+    def based_on(self, base: Document, *, without: Collection[str]) -> Document:
+        """This document with the fields of `base` that it does not set itself, but for those called `without`."""
+        taken = {name: value for name, value in base.values.items() if name not in self.values and name not in without}
+        return Document(
+            file=self.file,
+            values=taken | self.values,
+            lines={path: line for path, line in base.lines.items() if path[0] in taken} | self.lines,
+            inherited={name: base.source((name,)) for name in taken},
+        )
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,25 +1,30 @@
-"""The machines and images that are declared: those shipped with offload, overridden by name by the user's own."""
+"""The machines and images that are declared: those shipped with offload, overridden by name by the user's own.
+
+A file that says `like: NAME` has each field that it does not set from that other one: of the same folder, or of an earlier
+one, where it may have the same name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from offloadd.config.document import Document, read_document
 from offloadd.config.load import check_document
-from offloadd.errors import ConfigError, NotFoundError, Problem
+from offloadd.errors import ConfigError, NotFoundError, Problem, UsageError
 from offloadd.model.image import ImageRecipe
-from offloadd.model.machine import Machine
+from offloadd.model.machine import KINDS, Machine, VmMachine
 from offloadd.model.system import nearest
 
-V = TypeVar("V", Machine, ImageRecipe)
+V = TypeVar("V", bound=Machine | ImageRecipe)
+KindOf = Callable[[Document], type[V]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """All that is declared.  `folders` holds the folder of each image recipe: the sources of its files are relative to it."""
+    """All that is declared.  `folders` holds, for each image, the folder that the sources of its files are relative to."""
 
     machines: dict[str, Machine]
     images: dict[str, ImageRecipe]
@@ -27,6 +32,24 @@ class Library:
 
     def machine(self, name: str) -> Machine:
         return _find(self.machines, name, "machine")
+
+    def vm(self, name: str) -> VmMachine:
+        """A machine that is a VM.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            UsageError: it is of another kind.
+        """
+        machine = self.machine(name)
+        if not isinstance(machine, VmMachine):
+            hint = f"it is of kind {machine.kind}; offload machine show {name}"
+            raise UsageError("is no virtual machine", subject=name, hint=hint)
+        return machine
+
+    @property
+    def vms(self) -> dict[str, VmMachine]:
+        """The machines that are VMs."""
+        return {name: machine for name, machine in self.machines.items() if isinstance(machine, VmMachine)}
 
     def image(self, name: str) -> ImageRecipe:
         return _find(self.images, name, "image")
@@ -52,14 +75,14 @@ def load_library(folders: Iterable[Path]) -> Library:
     recipes: dict[str, ImageRecipe] = {}
     declared: dict[str, Machine] = {}
     for folder in folders:
-        recipes |= _load_folder(folder / "images", ImageRecipe, images, problems)
-        declared |= _load_folder(folder / "machines", Machine, machines, problems)
+        recipes |= _load_folder(folder / "images", lambda _: ImageRecipe, images, problems)
+        declared |= _load_folder(folder / "machines", _machine_kind, machines, problems)
     problems += _unknown_images(machines.values(), images)
     if problems:
-        raise ConfigError(problems)
-    return Library(
-        machines=declared, images=recipes, folders={name: Path(document.file).parent for name, document in images.items()}
-    )
+        # What is wrong in a file is wrong in each that is like it.
+        raise ConfigError(list(dict.fromkeys(problems)))
+    folders_of_files = {name: Path(document.source(("files",))).parent for name, document in images.items()}
+    return Library(machines=declared, images=recipes, folders=folders_of_files)
 
 
 def _unknown_images(machines: Iterable[Document], images: Collection[str]) -> Iterator[Problem]:
@@ -67,27 +90,86 @@ def _unknown_images(machines: Iterable[Document], images: Collection[str]) -> It
         image = document.values.get("image")
         if isinstance(image, str) and image not in images:
             message = f"there is no image called {image!r}; {nearest(image, images)}"
-            yield Problem(file=document.file, line=document.line(("image",)), field="image", message=message)
+            line, file = document.line(("image",)), document.source(("image",))
+            yield Problem(file=file, line=line, field="image", message=message)
 
 
-def _load_folder(folder: Path, kind: type[V], documents: dict[str, Document], problems: list[Problem]) -> dict[str, V]:
+def _machine_kind(document: Document) -> type[Machine]:
+    """The class of a machine's kind: what else a file may hold depends on it.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    kind = document.values.get("kind")
+    if isinstance(kind, str) and kind in KINDS:
+        return KINDS[kind]
+    message = "is missing" if kind is None else f"{kind!r} is not a kind of machine"
+    message += f"; {nearest(str(kind), KINDS)}"
+    raise ConfigError([Problem(file=document.source(("kind",)), line=document.line(("kind",)), field="kind", message=message)])
+
+
+def _load_folder(folder: Path, kind_of: KindOf[V], documents: dict[str, Document], problems: list[Problem]) -> dict[str, V]:
     """The values of the files that are right, by name; their documents, and those of wrong ones, are added to `documents`."""
     found: dict[str, V] = {}
     files: dict[str, str] = {}
-    # Hidden ones are editors' own.
-    for path in sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(".")):
+    read = _read_folder(folder, problems)
+    before, here = dict(documents), {_name(document): document for document in read}
+    for document in read:
+        name = _name(document)
+        documents[name] = document
         try:
-            document = read_document(path)
-            documents[str(document.values.get("name", path.stem))] = document
-            value = check_document(document, kind, defaults={"name": path.stem})
+            documents[name] = document = _whole(document, here, before)
+            value = check_document(document, kind_of(document), defaults={"name": name})
         except ConfigError as exc:
             problems += exc.problems
             continue
-        except NotFoundError as exc:
-            problems.append(Problem(file=str(path), line=0, field="", message=exc.what))
-            continue
+        file = Path(document.file).name
         if value.name in found:
             line, message = document.line(("name",)), f"{value.name!r} is the name of {files[value.name]} too"
-            problems.append(Problem(file=str(path), line=line, field="name", message=message))
-        found[value.name], files[value.name] = value, path.name
+            problems.append(Problem(file=document.file, line=line, field="name", message=message))
+        found[value.name], files[value.name] = value, file
     return found
+
+
+def _read_folder(folder: Path, problems: list[Problem]) -> list[Document]:
+    documents = []
+    # Hidden ones are editors' own.
+    for path in sorted(path for path in folder.glob("*.yaml") if not path.name.startswith(".")):
+        try:
+            documents.append(read_document(path))
+        except ConfigError as exc:
+            problems += exc.problems
+        except NotFoundError as exc:
+            problems.append(Problem(file=str(path), line=0, field="", message=exc.what))
+    return documents
+
+
+def _name(document: Document) -> str:
+    return str(document.values.get("name", Path(document.file).stem))
+
+
+def _whole(
+    document: Document, here: Mapping[str, Document], before: Mapping[str, Document], heirs: tuple[str, ...] = ()
+) -> Document:
+    """The document with what it has from the one that it is like.
+
+    Args:
+        here: those of its own folder, as they were read.
+        before: those of earlier folders, whole.
+        heirs: the names of those that are like this one.
+    Raises:
+        ConfigError: there is no such document.
+    """
+    if "like" not in document.values:
+        return document
+    like, heirs = str(document.values["like"]), (*heirs, _name(document))
+    if like in here and like not in heirs:
+        base = _whole(here[like], here, before, heirs)
+    elif like in before:
+        base = before[like]
+    else:
+        others = {*here, *before} - set(heirs)
+        message = "is like itself" if like in heirs else f"there is nothing called {like!r} to be like; {nearest(like, others)}"
+        raise ConfigError([Problem(file=document.file, line=document.line(("like",)), field="like", message=message)])
+    merged = document.based_on(base, without=("name", "like"))
+    return replace(merged, values={name: value for name, value in merged.values.items() if name != "like"})

@@ -51,7 +51,7 @@ def _problems(exc: ValidationError, document: Document, kind: type[Value]) -> It
         message = _message(error, path, kind)
         if (line, field) not in seen:
             seen.add((line, field))
-            yield Problem(file=document.file, line=line, field=field, message=message)
+            yield Problem(file=document.source(path), line=line, field=field, message=message)
 
 
 def _message(error: Any, path: FieldPath, kind: type[Value]) -> str:

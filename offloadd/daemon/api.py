@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import trio
@@ -20,7 +21,9 @@ from starlette.exceptions import HTTPException
 
 from offloadd import __version__
 from offloadd.daemon import views
+from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
 from offloadd.daemon.service import Service
+from offloadd.daemon.trial import Trial
 from offloadd.errors import (
     ConfigError,
     NoMachineError,
@@ -29,7 +32,10 @@ from offloadd.errors import (
     OffloadError,
     UsageError,
 )
+from offloadd.model.environment import EnvironmentRequest
+from offloadd.model.machine import Machine
 from offloadd.model.recipe import BuildRequest
+from offloadd.model.state import MachineMode
 from offloadd.process import Progress, host_error
 
 _HTTP_STATUS: dict[type[OffloadError], int] = {
@@ -42,6 +48,7 @@ _HTTP_STATUS: dict[type[OffloadError], int] = {
 JSON_LINES = "application/x-ndjson"
 
 Work = Callable[[Progress], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], None]
 
 
 def make_api(service: Service) -> FastAPI:
@@ -51,8 +58,11 @@ def make_api(service: Service) -> FastAPI:
     _add_activity(api, service)
     _add_daemon(api, service)
     _add_machines(api, service)
+    _add_modes(api, service)
     _add_images(api, service)
+    _add_environments(api, service)
     _add_builds(api, service)
+    _add_quirks(api, service)
     return api
 
 
@@ -97,31 +107,71 @@ def _add_daemon(api: FastAPI, service: Service) -> None:
 
 
 def _add_machines(api: FastAPI, service: Service) -> None:
+    def find(name: str) -> Machine:
+        """One that runs is as it was when it was started, until its file is read again."""
+        library = service.workshop.library()
+        undeclared = None if name in library.machines else service.machines.declared().get(name)
+        return undeclared or library.machine(name)
+
     @api.get("/v1/machines")
-    async def machines() -> list[dict[str, Any]]:
-        known = service.machines.declared() | service.workshop.library().machines
-        return [views.machine_row(service, machine) for _, machine in sorted(known.items())]
+    async def machines(vms: bool = False) -> list[dict[str, Any]]:
+        """All machines, or only virtual ones."""
+        return await views.machine_rows(service, vms=vms)
 
     @api.get("/v1/machines/{name}")
     async def machine(name: str) -> dict[str, Any]:
-        library = service.workshop.library()
-        undeclared = None if name in library.machines else service.machines.declared().get(name)
-        return views.machine_view(service, undeclared or library.machine(name))
+        return await views.machine_view(service, find(name))
 
     @api.post("/v1/machines/{name}/start")
     async def start(name: str) -> StreamingResponse:
         async def work(progress: Progress) -> dict[str, Any]:
             await service.machines.start(name, progress)
-            return views.machine_view(service, service.workshop.library().machine(name))
+            return await views.machine_view(service, service.workshop.library().vm(name))
 
-        service.workshop.library().machine(name)
+        service.workshop.library().vm(name)
+        service.survey.check_online(name)
         return _stream(service, work)
 
     @api.post("/v1/machines/{name}/stop")
     async def stop(name: str) -> dict[str, Any]:
         declared = service.machines.declared().get(name)
         await service.machines.stop(name)
-        return views.machine_row(service, declared or service.workshop.library().machine(name))
+        return await views.machine_row(service, declared or service.workshop.library().vm(name))
+
+    @api.post("/v1/machines/{name}/test")
+    async def test(name: str) -> StreamingResponse:
+        """Try the machine for real: {"event": "check", ...}* among the phases."""
+        machine = service.workshop.library().machine(name)
+        service.survey.check_online(name)
+
+        async def work(send: Send) -> dict[str, Any]:
+            trial = Trial(machine, service.workshop, _progress(send), lambda check: send({"event": "check", **check.to_json()}))
+            await trial.run()
+            return {"machine": name, "ok": trial.ok, "checks": [check.to_json() for check in trial.checks]}
+
+        return _stream_events(service, work)
+
+
+def _add_modes(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/machines/{name}/drain")
+    async def drain(name: str) -> dict[str, Any]:
+        """It finishes what it has and takes nothing new."""
+        return await set_mode(name, MachineMode.DRAINED)
+
+    @api.post("/v1/machines/{name}/resume")
+    async def resume(name: str) -> dict[str, Any]:
+        """It takes builds again; what it failed before is forgotten."""
+        return await set_mode(name, MachineMode.ONLINE)
+
+    @api.post("/v1/machines/{name}/offline")
+    async def offline(name: str) -> dict[str, Any]:
+        """It is not even talked to."""
+        return await set_mode(name, MachineMode.OFFLINE)
+
+    async def set_mode(name: str, mode: MachineMode) -> dict[str, Any]:
+        machine = service.workshop.library().machine(name)
+        service.survey.set_mode(name, mode)
+        return await views.machine_row(service, machine)
 
 
 def _add_images(api: FastAPI, service: Service) -> None:
@@ -155,15 +205,52 @@ def _add_images(api: FastAPI, service: Service) -> None:
         """Remove images that no recipe describes any more and no instance uses, and environments that no build used lately."""
         return await service.collect_garbage()
 
+
+def _add_environments(api: FastAPI, service: Service) -> None:
+    shop = service.workshop
+
     @api.get("/v1/environments")
     async def environments() -> list[dict[str, Any]]:
         return await views.environment_rows(shop)
+
+    @api.post("/v1/environments/build")
+    async def build(request: EnvironmentRequest, rebuild: bool = False) -> StreamingResponse:
+        async def work(progress: Progress) -> dict[str, Any]:
+            return environment_view(await make_environment(shop, request, progress, rebuild=rebuild))
+
+        find_recipe(shop, request)
+        return _stream(service, work)
+
+    @api.post("/v1/environments/unpack")
+    async def unpack(request: EnvironmentRequest) -> StreamingResponse:
+        """As `build`, and unpacked on this host: `root` is its directory."""
+
+        async def work(progress: Progress) -> dict[str, Any]:
+            return await unpack_environment(shop, request, progress)
+
+        find_recipe(shop, request)
+        return _stream(service, work)
+
+    @api.delete("/v1/environments/{digest}")
+    async def remove(digest: str) -> dict[str, Any]:
+        """Remove the one whose digest begins so."""
+        return environment_view(await remove_environment(shop, digest))
+
+    @api.post("/v1/environments/gc")
+    async def gc() -> list[str]:
+        """Remove those that no build used lately."""
+        return list(await service.collect_environments())
 
 
 def _add_builds(api: FastAPI, service: Service) -> None:
     @api.post("/v1/builds", status_code=201)
     async def create(request: BuildRequest) -> dict[str, str]:
-        return {"build": service.builds.create(request)}
+        return {"build": await service.builds.create(request)}
+
+    @api.post("/v1/route")
+    async def route(request: BuildRequest) -> dict[str, Any]:
+        """Which machine would take the build, and why no other."""
+        return (await service.builds.decide(request)).to_json()
 
     @api.put("/v1/builds/{build}/source", status_code=202)
     async def source(build: str, request: Request) -> dict[str, str]:
@@ -196,30 +283,56 @@ def _add_builds(api: FastAPI, service: Service) -> None:
         return views.build_row(service.workshop.database.build(build))
 
 
+def _add_quirks(api: FastAPI, service: Service) -> None:
+    database = service.workshop.database
+
+    @api.get("/v1/quirks")
+    async def quirks() -> list[dict[str, Any]]:
+        """What does not build under qemu-user."""
+        return [asdict(quirk) for quirk in database.quirks()]
+
+    @api.delete("/v1/quirks")
+    async def forget(name: str | None = None, system: str | None = None) -> dict[str, int]:
+        """Forget those of one package, of one system type, or all."""
+        found = [quirk for quirk in database.quirks() if name in (None, quirk.name) and system in (None, quirk.system)]
+        if name is not None and not found:
+            raise NotFoundError(f"nothing is remembered of it{f' for {system}' if system else ''}", subject=name)
+        return {"forgotten": sum(database.forget_quirks(quirk.name, quirk.system) for quirk in found)}
+
+
 def _stream(service: Service, work: Work) -> StreamingResponse:
-    """Run `work` beside the response; a client that goes away cancels it."""
-    send, receive = trio.open_memory_channel[dict[str, Any]](100)
+    """Run `work` beside the response, which is its phases and what it gives; a client that goes away cancels it."""
+    return _stream_events(service, lambda send: work(_progress(send)))
+
+
+def _progress(send: Send) -> Progress:
+    return lambda text, fraction: send({"event": "phase", "text": text, "fraction": fraction})
+
+
+def _stream_events(service: Service, work: Callable[[Send], Awaitable[dict[str, Any]]]) -> StreamingResponse:
+    """The same for work that has other events to tell."""
+    outlet, inlet = trio.open_memory_channel[dict[str, Any]](100)
     scope = trio.CancelScope()
 
-    def progress(text: str, fraction: float | None) -> None:
+    def send(event: dict[str, Any]) -> None:
         with suppress(trio.WouldBlock, trio.BrokenResourceError):  # a reader that is slow misses progress, nothing else
-            send.send_nowait({"event": "phase", "text": text, "fraction": fraction})
+            outlet.send_nowait(event)
 
     async def run() -> None:
-        with scope, send:
+        with scope, outlet:
             try:
-                done = {"event": "done", **await work(progress)}
+                done = {"event": "done", **await work(send)}
             except OffloadError as exc:
                 done = {"event": "error", **exc.to_json()}
             except OSError as exc:
                 done = {"event": "error", **host_error(exc, "offloadd", service.workshop.paths.cache).to_json()}
-            await send.send(done)
+            await outlet.send(done)
 
     async def lines() -> AsyncIterator[bytes]:
         service.nursery.start_soon(run)
         try:
-            with receive:
-                async for event in receive:
+            with inlet:
+                async for event in inlet:
                     yield json.dumps(event).encode() + b"\n"
         finally:
             scope.cancel()

@@ -13,9 +13,11 @@ from typing import Any
 import structlog
 import trio
 
+from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
 from offloadd.daemon.machines import Machines
-from offloadd.daemon.perform import ActiveBuild, perform
+from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.work import choose_system, find_needs
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     BuildFailedError,
@@ -31,7 +33,7 @@ from offloadd.model.quantity import format_date
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
 from offloadd.process import host_error
-from offloadd.route import find_route
+from offloadd.route import Decision
 from offloadd.store.database import BuildRow
 
 log = structlog.get_logger()
@@ -45,12 +47,12 @@ KEPT_BUILDS = 200
 class Builds:
     """All builds.  `nursery` owns their tasks."""
 
-    def __init__(self, workshop: Workshop, machines: Machines, nursery: trio.Nursery) -> None:
+    def __init__(self, workshop: Workshop, machines: Machines, dispatcher: Dispatcher, nursery: trio.Nursery) -> None:
         self._workshop = workshop
-        self._machines = machines
+        self._dispatcher = dispatcher
+        self._performer = Performer(shop=workshop, machines=machines, dispatcher=dispatcher, move=self._move)
         self._nursery = nursery
         self._active: dict[str, ActiveBuild] = {}
-        self._slots: dict[str, trio.CapacityLimiter] = {}
         self._closed = False
         self._hurry = trio.Event()
 
@@ -64,23 +66,35 @@ class Builds:
     def folder(self, build: str) -> Path:
         return self._workshop.paths.builds / self._workshop.database.build(build).id
 
-    def create(self, request: BuildRequest) -> str:
+    async def decide(self, request: BuildRequest) -> Decision:
+        """Which machine a request would go to now, and why; nothing is fetched or built.
+
+        Raises:
+            NotFoundError, UsageError: it names what does not exist.
+        """
+        system = choose_system(request)
+        date = request.asked_date
+        if date == "auto":
+            # Not known before the source is: any date needs the same machine.
+            date = request.released.date if request.released else datetime.now(UTC)
+        remembered = self._workshop.database.quirk(request.name, system)
+        return await self._dispatcher.decide(find_needs(request, system, date, quirk=remembered.reason if remembered else ""))
+
+    async def create(self, request: BuildRequest) -> str:
         """Take a request; its source comes next.
 
         Raises:
-            NotFoundError, NoMachineError: nobody could do it, so that the source need not be sent.
+            NotFoundError, NoMachineError, UsageError: nobody could do it, so that the source need not be sent.
         """
         if self._closed:
-            raise DaemonError("the daemon is being stopped", subject=request.recipe.name, hint="try again in a moment")
-        library = self._workshop.library()
-        if request.machine:
-            library.machine(request.machine)
-        find_route(request, library.machines.values())
+            raise DaemonError("the daemon is being stopped", subject=request.name, hint="try again in a moment")
+        (await self.decide(request)).best()
         build = secrets.token_hex(4)
         folder = self._workshop.paths.builds / build
         folder.mkdir(mode=0o700, parents=True)
-        self._workshop.database.add_build(build, request.recipe.name, request.recipe.version, request.to_json())
-        active = self._active[build] = ActiveBuild(build, request, folder, EventLog(folder / "events.ndjson"))
+        self._workshop.database.add_build(build, request.name, request.version, request.to_json())
+        active = ActiveBuild(build, request, choose_system(request), folder, EventLog(folder / "events.ndjson"))
+        self._active[build] = active
         self._nursery.start_soon(self._run, active)
         self._drop_old()
         return build
@@ -180,7 +194,7 @@ class Builds:
         try:
             with active.scope:
                 await self._wait_for_source(active)
-                await perform(active, self._workshop, self._machines, self._slots, self._move)
+                await self._performer.perform(active)
                 state = BuildState.SUCCEEDED
         except BuildFailedError as exc:
             state, error = BuildState.FAILED, exc
@@ -218,16 +232,16 @@ class Builds:
         for scratch in active.folder.glob("source*.tar"):
             scratch.unlink()
         if state is BuildState.CANCELLED:
-            error = CancelledError(active.cancelled or "cancelled", subject=active.request.recipe.name)
+            error = CancelledError(active.cancelled or "cancelled", subject=active.request.name)
         if error is not None:
-            error.subject = error.subject or active.request.recipe.name
+            error.subject = error.subject or active.request.name
             active.result["error"] = error.to_json()
             active.events.append("error", **error.to_json())
         active.result |= {"state": state, "ended": format_date(datetime.now(UTC))}
         (active.folder / "build.json").write_text(json.dumps(active.result, indent=2) + "\n")
         self._workshop.database.move_build(active.id, state, result=active.result)
         active.events.append("end", state=state, exit_status=error.exit_status if error else 0, result=active.result)
-        log.info("build ended", build=active.id, name=active.request.recipe.name, state=str(state))
+        log.info("build ended", build=active.id, name=active.request.name, state=str(state))
 
     def _summary(self, row: BuildRow) -> dict[str, Any]:
         return {"build": row.id, "name": row.name, "version": row.version, "created": row.created}

@@ -24,7 +24,7 @@ from offloadd.errors import (
 from offloadd.guest.open import open_guest
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest
-from offloadd.model.machine import Machine
+from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
 from offloadd.process import Progress, host_error, silent
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 class RunningMachine:
     """One machine between its start and its end."""
 
-    def __init__(self, name: str, declared: Machine | None) -> None:
+    def __init__(self, name: str, declared: VmMachine | None) -> None:
         self.name = name
         self.declared = declared
         """As it was when it was started; None for one that was found again while the configuration is wrong."""
@@ -94,7 +94,7 @@ class Machines:
         found = self._running.get(name)
         return found if found and found.guest else None
 
-    def declared(self) -> dict[str, Machine]:
+    def declared(self) -> dict[str, VmMachine]:
         """Those that run, as they were when they were started: their files may be gone or wrong by now."""
         return {name: running.declared for name, running in self._running.items() if running.declared is not None}
 
@@ -106,7 +106,7 @@ class Machines:
         """
         if self._closed:
             raise DaemonError("the daemon is being stopped", subject=name, hint="try again in a moment")
-        machine = self._workshop.library().machine(name)
+        machine = self._workshop.library().vm(name)
         running = self._running.get(name)
         if running is None:
             running = self._running[name] = RunningMachine(name, machine)
@@ -126,7 +126,7 @@ class Machines:
         """
         running = self._running.get(name)
         if running is None:
-            self._workshop.library().machine(name)
+            self._workshop.library().vm(name)
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
         self._move(name, MachineState.STOPPING)
         if running.instance is not None and running.was_ready:
@@ -148,7 +148,7 @@ class Machines:
         except OffloadError as exc:
             log.error("machine not stopped", machine=name, error=str(exc))
 
-    async def _own(self, running: RunningMachine, machine: Machine) -> None:
+    async def _own(self, running: RunningMachine, machine: VmMachine) -> None:
         name = running.name
         self._move(name, MachineState.STARTING)
         log.info("machine starting", machine=name)
@@ -162,7 +162,7 @@ class Machines:
         finally:
             self._forget(running)
 
-    async def _boot_and_wait(self, running: RunningMachine, machine: Machine) -> None:
+    async def _boot_and_wait(self, running: RunningMachine, machine: VmMachine) -> None:
         shop = self._workshop
         plan = await shop.plan(machine, shop.library(), running.tell)
         running.secrets = shop.secrets(machine)
@@ -285,7 +285,7 @@ class Machines:
     def _secrets_of(self, name: str) -> SecretRoot:
         """Also when its file has become wrong while it ran: that is no reason to end it."""
         try:
-            return self._workshop.secrets(self._workshop.library().machine(name))
+            return self._workshop.secrets(self._workshop.library().vm(name))
         except ConfigError:
             return ensure_secret_root(name, self._workshop.paths.secrets)
 
@@ -296,10 +296,10 @@ class Machines:
             log.error("the configuration is wrong", error=str(exc))
             return True
 
-    def _declaration(self, name: str) -> Machine | None:
+    def _declaration(self, name: str) -> VmMachine | None:
         try:
-            return self._workshop.library().machines.get(name)
-        except ConfigError:
+            return self._workshop.library().vm(name)
+        except OffloadError:
             return None
 
     async def _end_left(self, directory: Path) -> None:

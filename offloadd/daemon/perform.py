@@ -1,39 +1,67 @@
-"""One build: route, prepare, boot, run, collect.
+"""One build: find what it needs, route, prepare, build, collect.
 
-A machine that its user started takes builds that ask for nothing else than it is; every other build gets a VM of its own,
-booted from the same image with the build's date and CPU, and thrown away after it.
+What fails before its first step by the machine's doing goes to the next machine that can.  What looks like a fault of user
+emulation goes once to a machine with a kernel of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
+from offloadd.builder.fault import find_emulator_fault
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.prepare import prepare_source
 from offloadd.builder.run import DEFAULT_MAX_SILENT_S, DEFAULT_TIMEOUT_S, Job, Report, run_build
+from offloadd.daemon.dispatch import MACHINE_FAULTS, Assignment, Dispatcher
 from offloadd.daemon.events import EventLog
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.work import Work, find_work
 from offloadd.daemon.workshop import Workshop
 from offloadd.environment.store import Environment
-from offloadd.errors import BuildFailedError, MachineLostError, TransientError
+from offloadd.errors import BuildFailedError, EmulatorFault, NoMachineError, OffloadError
 from offloadd.guest.open import open_guest
-from offloadd.guest.ssh import Guest
-from offloadd.model.machine import Machine
+from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_size
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
+from offloadd.model.system import SYSTEMS
+from offloadd.place.local import open_local_place
+from offloadd.place.place import Place
+from offloadd.place.remote import open_remote_place
+from offloadd.place.vm import open_in_guest
 from offloadd.plan.machine import VmPlan, plan_for_build
-from offloadd.route import find_route
-from offloadd.vm.instance import Instance, open_instance, while_running
+from offloadd.route import Emulation
+from offloadd.vm.instance import open_instance
 
 PROGRESS_S = 0.2
+LOG_TAIL = 64 * 1024
+"""Characters of the log in which the words of an emulator that failed are looked for."""
+
+
+class LogTail:
+    """The last words of a log that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._size = 0
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+        self._size += len(text)
+        # Cut now and then, not at each of a million pieces.
+        if self._size > 2 * LOG_TAIL:
+            self._pieces = [self.text()]
+            self._size = len(self._pieces[0])
+
+    def text(self) -> str:
+        return "".join(self._pieces)[-LOG_TAIL:]
 
 
 @dataclass
@@ -42,6 +70,7 @@ class ActiveBuild:
 
     id: str
     request: BuildRequest
+    system: str
     folder: Path
     events: EventLog
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -54,6 +83,7 @@ class ActiveBuild:
     """What becomes build.json."""
     cancelled: str = ""
     """Why, when somebody cancelled it."""
+    log_tail: LogTail = field(default_factory=LogTail)
     _told: float = 0.0
 
     @property
@@ -78,169 +108,228 @@ class Move(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """A guest to build in."""
+class Performer:
+    """What a build needs of the daemon."""
 
-    instance: Instance
-    guest: Guest
-    own: bool
-    """Booted for this build alone, so that its clock is ours to set."""
+    shop: Workshop
+    machines: Machines
+    dispatcher: Dispatcher
+    move: Move
+    """Stores a change of a build's state."""
 
-    @property
-    def base(self) -> float:
-        return self.instance.record.plan.date.timestamp()
+    async def perform(self, active: ActiveBuild) -> None:
+        """Run the build to a good end.
 
-    def clock(self) -> float:
-        """What the guest's clock should show now, in seconds since 1970."""
-        return self.base if self.own else self.base + time.time() - self.instance.record.began
+        Raises:
+            OffloadError: it did not come to a good end.
+        """
+        self.move(active, BuildState.PREPARING)
+        work = await find_work(active.request, active.system, active.source, self.shop, active.tell)
+        active.result |= _describe(work)
+        remembered = self.shop.database.quirk(active.request.name, active.system)
+        quirk, tried = remembered.reason if remembered else "", dict[str, OffloadError]()
+        while True:
+            try:
+                await self._try(active, work, quirk, tried)
+            except NoMachineError as exc:
+                # The first failure says more than that nobody is left.
+                raise next(iter(tried.values()), exc) from None
+            except EmulatorFault as exc:
+                if quirk or not await self._has_full_emulation(work, exc.what):
+                    raise
+                quirk = exc.what
+                active.tell(f"{quirk}: trying once more in a machine with a kernel of its own")
+                active.result["retried"] = quirk
+                self.move(active, BuildState.PREPARING)
+            except MACHINE_FAULTS as exc:
+                if "clock" in active.result or not exc.subject:
+                    raise
+                active.tell(f"{exc}; trying the next machine")
+                self.move(active, BuildState.PREPARING)
+            else:
+                if quirk and not remembered:
+                    self.shop.database.add_quirk(active.request.name, active.system, quirk, active.id)
+                return
 
+    async def _has_full_emulation(self, work: Work, quirk: str) -> bool:
+        decision = await self.dispatcher.decide(work.needs(quirk))
+        return bool(decision.candidates)
 
-async def perform(
-    active: ActiveBuild, shop: Workshop, machines: Machines, slots: dict[str, trio.CapacityLimiter], move: Move
-) -> None:
-    """Run the build to a good end.
+    async def _try(self, active: ActiveBuild, work: Work, quirk: str, tried: dict[str, OffloadError]) -> None:
+        """One attempt, on the best machine that has not failed yet."""
 
-    Args:
-        slots: one limiter for each machine, by name.
-        move: stores a change of the build's state.
-    Raises:
-        OffloadError: it did not come to a good end.
-    """
-    request = active.request
-    library = shop.library()
-    route = find_route(request, library.machines.values())
-    machine = route.machine
-    active.result |= {"machine": machine.name, "passed_over": route.passed_over}
-    slot = slots.setdefault(machine.name, trio.CapacityLimiter(machine.parallel_builds))
-    slot.total_tokens = machine.parallel_builds
-    if slot.available_tokens < 1:
-        active.tell(f"waiting for a slot on {machine.name}")
-    async with slot:
-        move(active, BuildState.PREPARING, machine=machine.name)
-        system = next(system for system in machine.systems if system in request.recipe.systems)
-        plan = await shop.plan(machine, library, active.tell)
+        def waiting(what: str) -> None:
+            active.tell(f"waiting for {what}")
+            self.move(active, BuildState.QUEUED)
+
+        async with self.dispatcher.take(work.needs(quirk), without=tried, waiting=waiting) as assignment:
+            machine = assignment.machine
+            self.move(active, BuildState.PREPARING, machine=machine.name)
+            active.result |= {"machine": machine.name, "kind": machine.kind, "route": assignment.decision.to_json()}
+            try:
+                await self._build_on(active, work, assignment)
+            except MACHINE_FAULTS as exc:
+                tried[machine.name] = exc
+                raise
+
+    async def _build_on(self, active: ActiveBuild, work: Work, assignment: Assignment) -> None:
+        machine = assignment.machine
+        environment = None
+        if not isinstance(machine, SshMachine):
+            environment = await self.shop.environments.ensure(work.environment, active.tell)
+            active.result["environment"] = environment.digest
+        for name in ("clock", "clock_end", "started"):
+            active.result.pop(name, None)
+        active.log_tail = LogTail()
+        async with self._open_place(active, work, machine, environment) as place:
+            active.result |= place.facts
+            self.move(active, BuildState.RUNNING)
+            try:
+                await self._build(active, work, machine, place)
+            except BuildFailedError as exc:
+                if assignment.emulation is Emulation.USER and not isinstance(exc, EmulatorFault):
+                    status = int(active.result.get("exit_status") or 0)
+                    if reason := find_emulator_fault(active.log_tail.text(), status):
+                        raise EmulatorFault(reason, detail=exc.detail, hint=exc.hint) from exc
+                raise
+
+    @asynccontextmanager
+    async def _open_place(
+        self, active: ActiveBuild, work: Work, machine: Machine, environment: Environment | None
+    ) -> AsyncIterator[Place]:
+        async with AsyncExitStack() as stack:
+            if isinstance(machine, LocalMachine | BinfmtMachine):
+                assert environment is not None
+                root = await stack.enter_async_context(self.shop.environments.roots.open(environment, active.tell))
+                stuck = machine.stuck_timeout if isinstance(machine, BinfmtMachine) else None
+                opened = open_local_place(root, self.shop.paths.state / "work", stuck_timeout_s=stuck)
+                yield await stack.enter_async_context(opened)
+            elif isinstance(machine, SshMachine):
+                active.tell(f"logging in to {machine.name}")
+                yield await stack.enter_async_context(open_remote_place(machine, self.shop.bridge))
+            else:
+                assert isinstance(machine, VmMachine)
+                assert environment is not None
+                yield await stack.enter_async_context(self._open_vm(active, work, machine, environment))
+
+    @asynccontextmanager
+    async def _open_vm(
+        self, active: ActiveBuild, work: Work, machine: VmMachine, environment: Environment
+    ) -> AsyncIterator[Place]:
+        """The machine that its user started when it is what the build asks for, else a VM of the build's own."""
+        shop, request, serial = self.shop, active.request, f"env-{active.id}"
         plan = plan_for_build(
-            plan, f"build-{active.id}", date=request.asked_date, cpu=request.asked_cpu, pinned_cpu=machine.cpu is not None
+            await shop.plan(machine, shop.library(), active.tell),
+            f"build-{active.id}",
+            date=work.date,
+            cpu=request.asked_cpu,
+            pinned_cpu=machine.cpu is not None,
+            system=work.system,
         )
-        environment = await shop.environment(request.recipe, system, active.tell)
-        sources = await shop.sources(request.recipe, active.tell)
-        active.result |= {"system": system, "environment": environment.digest, "suite": request.recipe.suite}
-        async with _open_place(active, shop, machines, machine, plan, move) as place:
-            _describe(active, place)
-            move(active, BuildState.RUNNING)
-            async with while_running(place.instance, MachineLostError):
-                await _build(active, place, environment, sources, move)
+        running = self.machines.find(machine.name)
+        if running and running.instance and running.guest and _fits(work, machine, plan, running.instance.record.plan):
+            active.tell(f"building in {machine.name}, which runs")
+            active.result["boot_s"] = 0.0
+            async with open_in_guest(running.instance, running.guest, environment.path, serial, own=False) as place:
+                yield place
+            return
+        self.move(active, BuildState.BOOTING)
+        active.tell(f"booting {machine.name} at {format_date(plan.date)} on {plan.cpu} ({plan.qemu.accelerator})")
+        began = trio.current_time()
+        with shop.cores.share(plan.cpu_count) as cores:
+            opened = open_instance(
+                plan, instances=shop.paths.instances, logs=active.folder, bridge=shop.bridge, cores=cores, purpose="build"
+            )
+            async with opened as instance, open_guest(instance, shop.secrets(machine), shop.bridge, active.tell) as guest:
+                active.result["boot_s"] = round(trio.current_time() - began, 3)
+                async with open_in_guest(instance, guest, environment.path, serial, own=True) as place:
+                    yield place
 
-
-@asynccontextmanager
-async def _open_place(
-    active: ActiveBuild, shop: Workshop, machines: Machines, machine: Machine, plan: VmPlan, move: Move
-) -> AsyncIterator[_Place]:
-    running = machines.find(machine.name)
-    if running and running.instance and running.guest and _fits(active.request, plan, running.instance.record.plan):
-        active.tell(f"building in {machine.name}, which runs")
-        active.result["boot_s"] = 0.0
-        yield _Place(instance=running.instance, guest=running.guest, own=False)
-        return
-    move(active, BuildState.BOOTING)
-    active.tell(f"booting {machine.name} at {format_date(plan.date)} on {plan.cpu} ({plan.qemu.accelerator})")
-    began = trio.current_time()
-    with shop.cores.share(plan.cpu_count) as cores:
-        opened = open_instance(
-            plan, instances=shop.paths.instances, logs=active.folder, bridge=shop.bridge, cores=cores, purpose="build"
+    async def _build(self, active: ActiveBuild, work: Work, machine: Machine, place: Place) -> None:
+        recipe, request = work.recipe, active.request
+        newest = int(place.clock())
+        source = active.folder / "source-sent.tar"
+        await trio.to_thread.run_sync(prepare_source, active.source, work.sources, source, newest)
+        job = Job(
+            build=active.id,
+            name=f"{recipe.name}-{recipe.version}",
+            steps=recipe.steps,
+            env=dict(recipe.env),
+            outputs=recipe.outputs,
+            source=source,
+            environment=place.environment,
+            personality=_personality(work.system, machine),
+            network=recipe.network,
+            set_clock=newest if place.set_clock else None,
+            expected_clock=place.clock,
+            timeout_s=request.timeout_s or recipe.timeout or DEFAULT_TIMEOUT_S,
+            max_silent_s=request.max_silent_s or recipe.max_silent_time or DEFAULT_MAX_SILENT_S,
+            keep_failed=request.keep_failed,
         )
-        async with opened as instance, open_guest(instance, shop.secrets(machine), shop.bridge, active.tell) as guest:
-            active.result["boot_s"] = round(trio.current_time() - began, 3)
-            yield _Place(instance=instance, guest=guest, own=True)
-
-
-def _fits(request: BuildRequest, wanted: VmPlan, running: VmPlan) -> bool:
-    """Whether a machine that runs for its user is what the build asks for."""
-    same = (wanted.date, wanted.cpu, wanted.boot.digest) == (running.date, running.cpu, running.boot.digest)
-    return request.asked_date is None and same
-
-
-def _describe(active: ActiveBuild, place: _Place) -> None:
-    record = place.instance.record
-    plan = record.plan
-    active.result |= {
-        "instance": plan.instance,
-        "image": plan.boot.image,
-        "image_digest": plan.boot.digest,
-        "cpu": plan.cpu,
-        "cpu_count": plan.cpu_count,
-        "missing_cpu_features": list(record.missing_features),
-        "memory_mib": plan.memory_mib,
-        "accelerator": plan.qemu.accelerator,
-        "qemu": plan.qemu.version,
-        "date": format_date(plan.date),
-        "own_vm": place.own,
-        "cores": list(record.cores),
-    }
-
-
-async def _build(active: ActiveBuild, place: _Place, environment: Environment, sources: list[Path], move: Move) -> None:
-    recipe, request = active.request.recipe, active.request
-    newest = int(place.clock())
-    source = active.folder / "source-sent.tar"
-    await trio.to_thread.run_sync(prepare_source, active.source, sources, source, newest)
-    serial = f"env-{active.id}"
-    job = Job(
-        build=active.id,
-        name=f"{recipe.name}-{recipe.version}",
-        steps=recipe.steps,
-        env=dict(recipe.env),
-        outputs=recipe.outputs,
-        source=source,
-        environment=serial,
-        set_clock=newest if place.own else None,
-        expected_clock=place.clock,
-        timeout_s=request.timeout_s or DEFAULT_TIMEOUT_S,
-        max_silent_s=request.max_silent_s or DEFAULT_MAX_SILENT_S,
-        keep_failed=request.keep_failed,
-    )
-    active.tell(f"sending the source into the guest ({format_size(source.stat().st_size)})")
-    try:
-        await place.instance.attach_disk(environment.path, serial)
+        active.tell(f"sending the source ({format_size(source.stat().st_size)})")
         with open_outputs_receiver(active.outputs) as outputs:
-            report = await run_build(place.guest, job, outputs, _Listener(active, move))
-    finally:
-        if not place.own:
-            await _take_disk_back(place.instance, serial)
-    _judge(active, report)
+            report = await run_build(place.service, job, outputs, _Listener(active, self.move, work))
+        _judge(active, report, recipe.steps)
 
 
-async def _take_disk_back(instance: Instance, serial: str) -> None:
-    """From a machine that lives on.  A guest that keeps the disk costs a slot of its bus, not the build."""
-    with trio.CancelScope(shield=True), suppress(TransientError, trio.TooSlowError):
-        await instance.detach_disk(serial)
+def _personality(system: str, machine: Machine) -> str | None:
+    """A 32-bit build on a 64-bit kernel is told a 32-bit machine; qemu-user does that by itself."""
+    return "linux32" if SYSTEMS[system].bits == 32 and not isinstance(machine, BinfmtMachine) else None
 
 
-def _judge(active: ActiveBuild, report: Report) -> None:
-    active.result |= {"exit_status": report.exit_status, "duration_s": round(report.duration_s, 3)}
+def _fits(work: Work, machine: VmMachine, wanted: VmPlan, running: VmPlan) -> bool:
+    """Whether a machine that runs for its user is what the build asks for."""
+    same = (wanted.cpu, wanted.boot.digest) == (running.cpu, running.boot.digest)
+    # A machine without a date in its file has that of its start.
+    return work.date is None and same and machine.date in (None, running.date)
+
+
+def _describe(work: Work) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": work.recipe.name,
+        "version": work.version,
+        "system": work.system,
+        "suite": work.recipe.suite,
+        "sources": [path.name for path in work.sources],
+    }
+    if work.date_from:
+        described["date_from"] = work.date_from
+    return described
+
+
+def _judge(active: ActiveBuild, report: Report, steps: tuple[str, ...]) -> None:
+    active.result |= {
+        "exit_status": report.exit_status,
+        "duration_s": round(report.duration_s, 3),
+        "clock_end": report.clock_end,
+    }
     if not report.exit_status:
         return
     active.result["failed_step"] = report.failed_step
-    command = active.request.recipe.steps[report.failed_step - 1 : report.failed_step]
+    command = steps[report.failed_step - 1 : report.failed_step]
     hint = "--keep-failed brings the build directory back" if not active.request.keep_failed else ""
-    where = f"step {report.failed_step} of {len(active.request.recipe.steps)}"
+    where = f"step {report.failed_step} of {len(steps)}"
     raise BuildFailedError(f"{where} failed with exit status {report.exit_status}", detail="".join(command), hint=hint)
 
 
 class _Listener:
     """Writes what happens in the guest to the build's event log."""
 
-    def __init__(self, active: ActiveBuild, move: Move) -> None:
+    def __init__(self, active: ActiveBuild, move: Move, work: Work) -> None:
         self._active = active
         self._move = move
+        self._work = work
 
     def started(self, report: Report) -> None:
         said = report.started
-        clock = float(said["clock"])
+        kernel = str(said.get("kernel", ""))[:200]
+        wanted = self._work.request.work.kernel
+        if wanted and not kernel.startswith(wanted):
+            raise NoMachineError(f"the machine runs Linux {kernel}, not {wanted}: the build was not started")
         self._active.result |= {
-            "clock": clock,
+            "clock": float(said["clock"]),
             "cpu_in_guest": str(said.get("cpu", ""))[:200],
-            "kernel": str(said.get("kernel", ""))[:200],
+            "kernel": kernel,
             "started": time.time(),
         }
         self._active.tell("building")
@@ -249,6 +338,7 @@ class _Listener:
         self._active.events.append("step", index=index, count=count, command=command)
 
     def log(self, text: str) -> None:
+        self._active.log_tail.add(text)
         self._active.events.append("log", text=text)
 
     def collecting(self) -> None:

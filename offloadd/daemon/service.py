@@ -9,14 +9,19 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 
 import structlog
 import trio
 
 from offloadd.daemon.builds import Builds
+from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.slots import Slots
+from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.errors import NotAllowedError, OffloadError
+from offloadd.model.quantity import parse_date
 from offloadd.paths import Paths
 from offloadd.vm.record import read_records
 
@@ -32,10 +37,17 @@ class Service:
     """What the API works with."""
 
     def __init__(
-        self, workshop: Workshop, machines: Machines, builds: Builds, nursery: trio.Nursery, idle_timeout_s: float
+        self,
+        workshop: Workshop,
+        machines: Machines,
+        survey: Survey,
+        builds: Builds,
+        nursery: trio.Nursery,
+        idle_timeout_s: float,
     ) -> None:
         self.workshop = workshop
         self.machines = machines
+        self.survey = survey
         self.builds = builds
         self.nursery = nursery
         self.idle_timeout_s = idle_timeout_s
@@ -77,7 +89,7 @@ class Service:
     async def start_declared(self) -> None:
         """Start the machines with `auto-start`."""
         try:
-            machines = self.workshop.library().machines
+            machines = self.workshop.library().vms
         except OffloadError as exc:
             # Whoever asks for something is told the same.
             log.error("auto-start failed", error=str(exc))
@@ -85,6 +97,7 @@ class Service:
         for name, machine in machines.items():
             if machine.auto_start and self.machines.find(name) is None:
                 try:
+                    self.survey.check_online(name)
                     await self.machines.start(name)
                 except OffloadError as exc:
                     log.error("auto-start failed", machine=name, error=str(exc))
@@ -103,14 +116,19 @@ class Service:
         shop, library = self.workshop, self.workshop.library()
         keep = {record.plan.boot.digest for record in read_records(shop.paths.instances)}
         keep |= {await shop.images.digest(recipe, library.folders[name]) for name, recipe in library.images.items()}
+        return {"images": await shop.images.gc(keep), "environments": await self.collect_environments()}
+
+    async def collect_environments(self) -> Sequence[str]:
+        """Remove the environments that nobody made or built in lately and that nobody uses; the digests that went."""
+        environments, now = self.workshop.environments, datetime.now(UTC)
+        known = await trio.to_thread.run_sync(environments.list)
+        made = {found.digest for found in known if (now - parse_date(found.made)).total_seconds() < KEEP_ENVIRONMENTS_S}
         used = {
             row.result["environment"]
-            for row in shop.database.builds(limit=10_000)
+            for row in self.workshop.database.builds(limit=10_000)
             if "environment" in row.result and (row.ended is None or time.time() - row.ended < KEEP_ENVIRONMENTS_S)
         }
-        if len(self.builds):
-            used |= {environment.digest for environment in shop.environments.list()}
-        return {"images": await shop.images.gc(keep), "environments": await shop.environments.gc(used)}
+        return await environments.gc(made | used | environments.digests() if len(self.builds) else made | used)
 
 
 @asynccontextmanager
@@ -120,9 +138,12 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
         machines = Machines(workshop, machine_nursery)
         await machines.reconcile()
         async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
-            builds = Builds(workshop, machines, build_nursery)
+            slots = Slots()
+            survey = Survey(workshop, machines, slots)
+            dispatcher = Dispatcher(workshop, survey, slots)
+            builds = Builds(workshop, machines, dispatcher, build_nursery)
             builds.reconcile()
-            service = Service(workshop, machines, builds, request_nursery, idle_timeout_s)
+            service = Service(workshop, machines, survey, builds, request_nursery, idle_timeout_s)
             request_nursery.start_soon(service.stop_when_idle)
             request_nursery.start_soon(service.start_declared)
             try:

@@ -7,13 +7,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from offloadd import __version__
+from offloadd.daemon.environments import environment_view
 from offloadd.daemon.service import Service
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import ImageError
 from offloadd.image.store import Image
 from offloadd.model.image import ImageRecipe
-from offloadd.model.machine import SSH_PORT, Machine
+from offloadd.model.machine import SSH_PORT, Machine, VmMachine
 from offloadd.model.quantity import format_date
+from offloadd.route import MachineFacts
 from offloadd.store.database import BuildRow
 from offloadd.vm.record import InstanceRecord, read_records
 
@@ -34,38 +36,80 @@ def status_view(service: Service) -> dict[str, Any]:
     }
 
 
-def machine_row(service: Service, machine: Machine) -> dict[str, Any]:
-    """One line of `offload vm list`: what runs, else what is declared (its file may have changed since it was started)."""
-    row = service.workshop.database.machine(machine.name)
-    record = _record(service.workshop, machine.name)
-    plan = record.plan if record else None
+async def machine_rows(service: Service, *, vms: bool = False) -> list[dict[str, Any]]:
+    """One row for each machine, by name.  Only VMs when they alone are asked for: no remote host is waited for then."""
+    known: dict[str, Machine] = {**service.workshop.library().machines, **service.machines.declared()}
+    chosen = {name: known[name] for name in sorted(known) if not vms or isinstance(known[name], VmMachine)}
+    facts = await service.survey.facts(chosen)
+    return [_machine_row(service, machine, facts[name]) for name, machine in chosen.items()]
+
+
+async def machine_row(service: Service, machine: Machine) -> dict[str, Any]:
+    """The row of one machine."""
+    facts = await service.survey.facts({machine.name: machine})
+    return _machine_row(service, machine, facts[machine.name])
+
+
+def _machine_row(service: Service, machine: Machine, facts: MachineFacts) -> dict[str, Any]:
+    """One line of `offload machine list`; what only VMs have is null for others."""
+    now = time.time()
     return {
         "name": machine.name,
         "kind": machine.kind,
-        "state": row.state,
-        "since": row.since,
-        "reason": row.reason,
-        "systems": list(machine.systems),
-        "image": plan.boot.image if plan else machine.image,
-        "date": format_date(plan.date if plan else machine.date),
-        "cpu": plan.cpu if plan else machine.cpu,
-        "cpu_count": plan.cpu_count if plan else machine.cpu_count,
-        "memory_mib": plan.memory_mib if plan else machine.memory_size,
-        "ssh_port": record.ports.get(SSH_PORT) if record else None,
+        "systems": list(facts.systems),
+        "missing": dict(facts.missing),
+        "mode": facts.mode,
+        "fault": facts.fault,
+        "breaker": {
+            "state": facts.breaker.state(now),
+            "failures": facts.breaker.failures,
+            "open_until": facts.breaker.open_until or None,
+        },
+        "busy": facts.busy,
+        "slots": machine.parallel_builds,
+        "speed": machine.speed,
+        "emulation": facts.emulation.name.lower(),
+        "load": None if facts.load is None else round(facts.load, 2),
+        "overload_threshold": machine.overload_threshold,
+        "memory_mib": facts.memory_mib,
+        "disk_free": facts.disk_free,
+        "kernel": facts.kernel,
+        "features": list(machine.features),
+        "network": machine.network,
+        **_vm_fields(service, machine),
     }
 
 
-def machine_view(service: Service, machine: Machine) -> dict[str, Any]:
-    """`offload vm show`: the declaration, the state, and what runs."""
+_VM_FIELDS = ("state", "since", "reason", "image", "date", "cpu", "cpu_count", "ssh_port")
+
+
+def _vm_fields(service: Service, machine: Machine) -> dict[str, Any]:
+    """What runs, else what is declared (its file may have changed since it was started)."""
+    if not isinstance(machine, VmMachine):
+        return dict.fromkeys(_VM_FIELDS)
+    row = service.workshop.database.machine(machine.name)
+    record = _record(service.workshop, machine.name)
+    if record is None:
+        date = format_date(machine.date) if machine.date else None
+        what: tuple[object, ...] = (machine.image, date, machine.cpu, machine.cpu_count, None)
+    else:
+        plan = record.plan
+        what = (plan.boot.image, format_date(plan.date), plan.cpu, plan.cpu_count, record.ports.get(SSH_PORT))
+    return dict(zip(_VM_FIELDS, (row.state, row.since, row.reason, *what), strict=True))
+
+
+async def machine_view(service: Service, machine: Machine) -> dict[str, Any]:
+    """`offload machine show` and `offload vm show`: the declaration, what is known of it, and what runs."""
+    view = {**await machine_row(service, machine), "configuration": machine.to_json()}
+    if not isinstance(machine, VmMachine):
+        return view
     shop = service.workshop
-    row = shop.database.machine(machine.name)
     record = _record(shop, machine.name)
     running = service.machines.find(machine.name)
     secrets = running.secrets if running else None
     return {
-        **machine_row(service, machine),
-        "detail": row.detail,
-        "configuration": machine.to_json(),
+        **view,
+        "detail": shop.database.machine(machine.name).detail,
         "instance": _instance_view(record) if record else None,
         "console_socket": str(shop.paths.instances / machine.name / "console.sock") if record else None,
         "console_log": str(shop.paths.instances / machine.name / "console.log") if record else None,
@@ -142,7 +186,7 @@ async def image_view(shop: Workshop, name: str) -> dict[str, Any]:
 
 
 async def environment_rows(shop: Workshop) -> list[dict[str, Any]]:
-    return [environment.to_json() for environment in shop.environments.list()]
+    return [environment_view(environment) for environment in shop.environments.list()]
 
 
 def build_row(row: BuildRow) -> dict[str, Any]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offloadd.bridge import Bridge, open_bridge
+from offloadd.builder.archive import Archive
 from offloadd.builder.fetch import fetch_sources
 from offloadd.config.library import Library, load_library
-from offloadd.environment.recipe import environment_recipe
-from offloadd.environment.store import Environment, EnvironmentStore
+from offloadd.environment.store import EnvironmentStore
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.host import native_systems
 from offloadd.image.store import Image, ImageStore
-from offloadd.model.machine import Machine
+from offloadd.model.machine import VmMachine
 from offloadd.model.quantity import format_size
 from offloadd.model.recipe import BuildRecipe
-from offloadd.model.system import SYSTEMS
 from offloadd.paths import Paths, make_private
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_vm
 from offloadd.process import Progress
@@ -49,7 +49,7 @@ class Workshop:
         await self.images.verify(image)
         return image
 
-    async def plan(self, machine: Machine, library: Library, progress: Progress) -> VmPlan:
+    async def plan(self, machine: VmMachine, library: Library, progress: Progress) -> VmPlan:
         """Everything that the machine's QEMU needs.
 
         Raises:
@@ -61,25 +61,19 @@ class Workshop:
         nothing = Path("/nonexistent")
         plan_vm(machine, facts, BootFiles(image=machine.image, digest="", kernel=nothing, initramfs=nothing, disk=nothing))
         image = await self.image(library, machine.image, progress)
-        verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json", progress)
-        facts = QemuFacts(
-            binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator=verdict.accelerator
-        )
+        if machine.systems[0] in native_systems():
+            verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json", progress)
+            facts = replace(facts, accelerator=verdict.accelerator)
         boot = BootFiles(image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk)
         return plan_vm(machine, facts, boot)
-
-    async def environment(self, recipe: BuildRecipe, system: str, progress: Progress) -> Environment:
-        """The environment of a build, made when missing."""
-        wanted = environment_recipe(recipe.suite, SYSTEMS[system].debian, recipe.packages)
-        return await self.environments.ensure(wanted, progress)
 
     async def sources(self, recipe: BuildRecipe, progress: Progress) -> list[Path]:
         def tell(name: str, have: int, size: int | None) -> None:
             progress(f"fetching {name} ({format_size(have)})", have / size if size else None)
 
-        return await fetch_sources(recipe.sources, self.paths.cache / "sources", tell)
+        return await fetch_sources(recipe.sources, Archive(self.paths.cache, recipe.suite), tell)
 
-    def secrets(self, machine: Machine) -> SecretRoot:
+    def secrets(self, machine: VmMachine) -> SecretRoot:
         root = Path(machine.secret_root) if machine.secret_root else None
         return ensure_secret_root(machine.name, self.paths.secrets, root)
 

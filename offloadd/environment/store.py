@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from offloadd.cache import Cache
 from offloadd.digest import sparse_sha256
 from offloadd.environment.build import DISK, MANIFEST, build_environment
 from offloadd.environment.recipe import EnvironmentRecipe
-from offloadd.errors import ImageError
+from offloadd.environment.root import RootStore
+from offloadd.errors import ImageError, NotFoundError, UsageError
 from offloadd.process import Progress, silent
+
+_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +52,11 @@ class EnvironmentStore:
 
     Args:
         mirror: a URI of a Debian mirror; None for those of the host's apt configuration.
+        roots: where they are unpacked for this host; by default `roots` beside `root`.
     """
 
-    def __init__(self, root: Path, *, mirror: str | None = None) -> None:
+    def __init__(self, root: Path, *, mirror: str | None = None, roots: RootStore | None = None) -> None:
+        self.roots = roots or RootStore(root.with_name("roots"))
         self._cache = Cache(root, subject="environment", error=ImageError)
         self._mirror = mirror
         self._checked: set[tuple[str, int, int]] = set()
@@ -74,22 +80,58 @@ class EnvironmentStore:
             raise ImageError("its manifest cannot be read", subject=str(recipe), hint=f"remove {path}")
         return environment
 
+    @asynccontextmanager
+    async def open(self, recipe: EnvironmentRecipe, progress: Progress = silent) -> AsyncIterator[Environment]:
+        """As `ensure`; until the block is left nobody removes the environment or makes it anew."""
+        while True:
+            environment = await self.ensure(recipe, progress)
+            with self._cache.hold(recipe.digest) as found:
+                if found is not None and self.find(recipe.digest) == environment:
+                    yield environment
+                    return
+            await trio.sleep(_RETRY_S)
+
     def find(self, digest: str) -> Environment | None:
         """The environment with that digest, None when it has not been made or its manifest is damaged."""
         path = self._cache.find(digest)
         return None if path is None else _load(path)
 
+    def digests(self) -> frozenset[str]:
+        """Those of all environments; much quicker than `list`."""
+        return self._cache.digests()
+
     def list(self) -> Sequence[Environment]:
         """All environments, the newest first."""
         return [found for entry in self._cache.list() if (found := _load(entry.path)) is not None]
 
+    def called(self, beginning: str) -> Environment:
+        """The one whose digest begins so.
+
+        Raises:
+            NotFoundError: there is none.
+            UsageError: there are several.
+        """
+        found = sorted(digest for digest in self.digests() if beginning and digest.startswith(beginning))
+        if len(found) > 1:
+            raise UsageError("is the beginning of several environments", subject=beginning, detail="\n".join(found))
+        environment = self.find(found[0]) if found else None
+        if environment is None:
+            raise NotFoundError("there is no such environment", subject=beginning, hint="offload env list")
+        return environment
+
     async def remove(self, digest: str) -> bool:
-        """Remove one; False when there was none."""
+        """Remove one and what was unpacked of it; False when there was none.
+
+        Raises:
+            NotAllowedError: a build runs in it, or somebody makes it.
+        """
+        await self.roots.remove(digest)
         return await self._cache.remove(digest)
 
     async def gc(self, keep: Collection[str]) -> Sequence[str]:
-        """Remove all whose digest is not in `keep`, and what killed builds left; the digests removed."""
-        return await self._cache.gc(keep)
+        """Remove all whose digest is not in `keep` and in which nothing runs, and what killed makers left; their digests."""
+        await self.roots.gc(keep)
+        return await self._cache.gc(self.roots.digests() | set(keep))
 
     async def _whole(self, environment: Environment) -> bool:
         """Whether it is as it was made: size each time, content once per process and when the file has changed."""

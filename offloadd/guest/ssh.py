@@ -1,10 +1,14 @@
-"""The SSH channel into a guest, through asyncssh, which is used in this file and for keys alone."""
+"""The SSH channel into a guest or to a remote host, through asyncssh, which is used in this file and for keys alone."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import asyncssh
 import trio
@@ -12,6 +16,7 @@ import trio
 from offloadd.bridge import Bridge
 from offloadd.errors import SshError
 from offloadd.guest.secret_root import ACCOUNT, SecretRoot
+from offloadd.model.machine import SshMachine
 from offloadd.vm.console import clean
 
 logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
@@ -22,6 +27,11 @@ LOGIN_S = 30.0
 """One handshake costs a guest under TCG 1.5 s when it is alone on the host's core."""
 OPEN_S = 60.0
 """For a guest to start a program, which takes it a fraction of a second."""
+KEEPALIVE_S = 30
+KEEPALIVES = 4
+"""Unanswered ones after which the connection counts as lost."""
+MAX_KEY_BYTES = 64 * 1024
+"""Of a file with a private key: RSA's with 16384 bits has 13 KiB."""
 
 _LOST = (asyncssh.ConnectionLost, asyncssh.DisconnectError, asyncssh.ChannelOpenError, OSError)
 
@@ -88,7 +98,7 @@ class GuestProcess:
 
 
 class Guest:
-    """A guest that we are logged in to.  Made by `open_ssh` alone."""
+    """A guest or a remote host that we are logged in to.  Made by `open_ssh` and `open_remote` alone."""
 
     def __init__(self, bridge: Bridge, connection: asyncssh.SSHClientConnection, machine: str) -> None:
         self._bridge = bridge
@@ -114,7 +124,7 @@ class Guest:
         with _mapped("cannot run a command", self._machine), trio.move_on_after(OPEN_S):
             process = await self._bridge.call(create)
         if process is None:
-            raise SshError(f"the guest did not start a program within {OPEN_S:.0f} s", subject=self._machine)
+            raise SshError(f"started no program within {OPEN_S:.0f} s", subject=self._machine)
         opened = GuestProcess(self._bridge, process, self._machine)
         try:
             yield opened
@@ -163,8 +173,8 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
             encryption_algs=["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com"],
             compression_algs=None,
             login_timeout=LOGIN_S,
-            keepalive_interval=30,
-            keepalive_count_max=4,
+            keepalive_interval=KEEPALIVE_S,
+            keepalive_count_max=KEEPALIVES,
         )
 
     while True:
@@ -184,3 +194,108 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
             await trio.sleep(RETRY_S)
         except Exception as exc:
             raise _error("the guest speaks no SSH that is understood", secrets.machine, exc) from exc
+
+
+@asynccontextmanager
+async def open_remote(bridge: Bridge, machine: SshMachine) -> AsyncIterator[Guest]:
+    """Log in to a remote host, once: one that does not answer now is the router's to pass over.
+
+    Raises:
+        SshError: it cannot be reached, shows another host key, or refuses ours; or our key is not to be used.
+    """
+    connection = await _connect(bridge, machine)
+    try:
+        yield Guest(bridge, connection, machine.name)
+    finally:
+        with trio.move_on_after(5, shield=True):
+            await bridge.run_sync(connection.abort)
+
+
+async def _connect(bridge: Bridge, machine: SshMachine) -> asyncssh.SSHClientConnection:
+    where = f"{machine.host}:{machine.port}"
+    host_key = _host_key(machine)
+    client_key = await trio.to_thread.run_sync(read_private_key, Path(machine.private_key), machine.name)
+
+    async def connect() -> asyncssh.SSHClientConnection:
+        return await asyncssh.connect(
+            machine.host,
+            machine.port,
+            username=machine.user,
+            # Of a host whose key is known, only that kind of key is asked for.
+            known_hosts=([host_key], [], []),
+            client_keys=[client_key],
+            config=None,
+            agent_path=None,
+            gss_host=None,
+            compression_algs=None,
+            connect_timeout=LOGIN_S,
+            login_timeout=LOGIN_S,
+            keepalive_interval=KEEPALIVE_S,
+            keepalive_count_max=KEEPALIVES,
+        )
+
+    try:
+        return await bridge.call(connect)
+    except asyncssh.HostKeyNotVerifiable as exc:
+        hint = f"another host answers at {where}, or its key was changed: `ssh-keyscan -p {machine.port} {machine.host}`"
+        raise SshError("shows another host key than its `host-key`", subject=machine.name, hint=hint) from exc
+    except asyncssh.PermissionDenied as exc:
+        hint = f"is the public half of {machine.private_key} in ~{machine.user}/.ssh/authorized_keys there?"
+        raise SshError(f"refuses our key for the user {machine.user}", subject=machine.name, hint=hint) from exc
+    except asyncssh.DisconnectError as exc:
+        # OpenSSH just closes when it has no host key of the kind that it is asked for.
+        hint = f"does it have a host key of the kind {host_key.get_algorithm()}? `ssh-keyscan -p {machine.port} {machine.host}`"
+        raise SshError(f"the login at {where} was broken off: {_words(exc)}", subject=machine.name, hint=hint) from exc
+    except OSError as exc:
+        raise SshError(f"does not answer at {where}: {_words(exc)}", subject=machine.name, hint=_REACH_HINT) from exc
+    except Exception as exc:
+        raise _error(f"{where} speaks no SSH that is understood", machine.name, exc) from exc
+
+
+_REACH_HINT = "is it up, and is its sshd at that port? `offload machine offline NAME` leaves it alone"
+
+
+def _words(exc: Exception) -> str:
+    """What an error of the library or of the host says, safe to show."""
+    if isinstance(exc, TimeoutError):
+        return "timed out"
+    if isinstance(exc, OSError) and exc.errno is not None and exc.errno in errno.errorcode:
+        # asyncio's own words for it are "Connect call failed".
+        return os.strerror(exc.errno)
+    return clean(getattr(exc, "strerror", None) or str(exc))[:300] or type(exc).__name__
+
+
+def _host_key(machine: SshMachine) -> asyncssh.SSHKey:
+    try:
+        return asyncssh.import_public_key(machine.host_key)
+    except asyncssh.KeyImportError as exc:
+        hint = f"`ssh-keyscan -p {machine.port} {machine.host}` shows the keys that it has"
+        raise SshError(f"its `host-key` is no public key: {_words(exc)}", subject=machine.name, hint=hint) from exc
+
+
+def read_private_key(path: Path, machine: str) -> asyncssh.SSHKey:
+    """Our own key.
+
+    Raises:
+        SshError: it is not there, other users can read it, or it needs a passphrase.  Never with anything of the key.
+    """
+    try:
+        # Not blocking: a fifo would wait for its writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise SshError(f"its private key {path} is not a file", subject=machine)
+            if about.st_mode & 0o077 or about.st_uid not in (0, os.geteuid()):
+                what = f"its private key {path} can be used by other users of this host"
+                raise SshError(what, subject=machine, hint=f"it must be yours alone: chmod 600 {path}")
+            data = os.read(descriptor, MAX_KEY_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        raise SshError(f"its private key {path} cannot be read: {exc.strerror}", subject=machine) from exc
+    try:
+        return asyncssh.import_private_key(data)
+    except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
+        # Without the cause: nothing of a private key belongs in a message.
+        raise SshError(f"{path} is no private key without a passphrase", subject=machine) from None

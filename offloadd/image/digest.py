@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.digest import json_digest
 from offloadd.errors import ConfigError, Problem
-from offloadd.model.image import ImageRecipe
+from offloadd.model.image import GuestFile, ImageRecipe
 
 FORMAT = 1
 """Raised when the same recipe begins to give another image."""
@@ -25,24 +25,37 @@ class GuestContent:
 
 
 def read_guest_files(recipe: ImageRecipe, folder: Path) -> tuple[GuestContent, ...]:
-    """The recipe's files, whose sources are relative to `folder`. Blocks: call it in a thread.
+    """The recipe's files, whose sources are relative to `folder`, each once.  Blocks: call it in a thread.
 
     Raises:
         ConfigError: with every file that cannot be read.
     """
-    found, problems = [], []
+    found: dict[str, GuestContent] = {}
+    problems = []
     for file in recipe.files:
         try:
-            content = (folder / file.source).read_bytes()
+            for path, source in _expand(file, folder / file.source):
+                # Of two with the same path the later one counts.
+                found[path] = GuestContent(path=path, mode=int(file.mode, 8), content=source.read_bytes())
         except OSError as exc:
-            problems.append(
-                Problem(file=str(folder / file.source), line=0, field=f"files: {file.path}", message=str(exc.strerror))
-            )
-        else:
-            found.append(GuestContent(path=file.path, mode=int(file.mode, 8), content=content))
+            source = Path(exc.filename or folder / file.source)
+            problems.append(Problem(file=str(source), line=0, field=f"files: {file.path}", message=str(exc.strerror)))
     if problems:
         raise ConfigError(problems)
-    return tuple(found)
+    return tuple(found.values())
+
+
+def _expand(file: GuestFile, source: Path) -> Iterator[tuple[str, Path]]:
+    """(path in the guest, file) of everything that the recipe's entry stands for."""
+    if not source.is_dir():
+        yield file.path, source
+        return
+    for entry in sorted(source.iterdir()):
+        # Editors' own, and bytecode that an interpreter of the host's has left.
+        if entry.name.startswith(".") or entry.name.endswith("~") or entry.name == "__pycache__":
+            continue
+        below = file.model_copy(update={"path": f"{file.path}/{entry.name}"})
+        yield from _expand(below, entry)
 
 
 def image_digest(recipe: ImageRecipe, files: Sequence[GuestContent]) -> str:

@@ -7,8 +7,9 @@ Same input, same bytes: times are 0, owners root, inodes counted.
 from __future__ import annotations
 
 import gzip
+import lzma
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -87,7 +88,7 @@ def make_initramfs(root: Path, kernel_version: str, modules: Sequence[str], *, c
     dep = _read(folder / "modules.dep").decode()
     builtin_file = folder / "modules.builtin"
     paths = resolve_modules(modules, dep, builtin_file.read_text() if builtin_file.exists() else "")
-    contents = {PurePosixPath(path).name: _read(folder / path) for path in paths}
+    contents = dict(_plain_module(folder / path) for path in paths)
     listing = "".join(f"/modules/{name}\n" for name in contents).encode()
     executable, plain = stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
     members = [Member(name=name, mode=stat.S_IFDIR | 0o755) for name in _FOLDERS]
@@ -99,6 +100,22 @@ def make_initramfs(root: Path, kernel_version: str, modules: Sequence[str], *, c
     members += [Member(name=f"modules/{name}", mode=plain, content=content) for name, content in contents.items()]
     archive = write_cpio(members)
     return gzip.compress(archive, 6, mtime=0) if compress else archive
+
+
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
+
+
+def _plain_module(file: Path) -> tuple[str, bytes]:
+    """A module's name and content.  Decompressed here: under emulation the guest would take a second for it, at each boot."""
+    content = _read(file)
+    if file.suffix == ".ko":
+        return file.name, content
+    if file.suffix not in _DECOMPRESS:
+        raise InitramfsError(f"the kernel's modules are compressed in a way that is not known here: {file.name}")
+    try:
+        return file.stem, _DECOMPRESS[file.suffix](content)
+    except (OSError, EOFError, lzma.LZMAError) as exc:
+        raise InitramfsError(f"cannot decompress {file}: {exc}") from exc
 
 
 def _read(file: Path) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints
 
@@ -41,8 +41,25 @@ def portable_text(value: str) -> str:
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}$")]
 """The name of a machine, image or recipe: safe as a file name everywhere."""
 
+Feature = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]{0,63}$")]
+"""A label that a build may require and a machine may offer."""
+
 Text = Annotated[str, BeforeValidator(quoted_text), AfterValidator(portable_text)]
 Date = Annotated[datetime, BeforeValidator(parse_date), PlainSerializer(format_date, return_type=str)]
+
+
+def _parse_build_date(text: object) -> object:
+    return text if text == "auto" else parse_date(text)
+
+
+def _format_build_date(date: datetime | str) -> str:
+    return date if isinstance(date, str) else format_date(date)
+
+
+BuildDate = Annotated[
+    datetime | Literal["auto"], BeforeValidator(_parse_build_date), PlainSerializer(_format_build_date, return_type=str)
+]
+"""A date, or `auto`: the release date of the source."""
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 """Seconds."""
 Size = Annotated[int, BeforeValidator(parse_size)]

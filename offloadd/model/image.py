@@ -16,11 +16,11 @@ AbsolutePath = Annotated[str, StringConstraints(pattern=r"^(/[a-zA-Z0-9@_+-][a-z
 
 
 class GuestFile(Value):
-    """One file that is put into the guest."""
+    """One file that is put into the guest, or all files of a directory, which go below `path`."""
 
     path: AbsolutePath
     source: Text
-    """Relative to the recipe's own folder."""
+    """Relative to the folder of the recipe that says so."""
     mode: Annotated[str, StringConstraints(pattern=r"^0[0-7]{3}$")] = "0644"
 
 

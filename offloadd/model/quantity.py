@@ -6,7 +6,8 @@ A date is kept in UTC to the second.  What a guest's clock can hold depends on i
 from __future__ import annotations
 
 import re
-from datetime import UTC, date, datetime
+from calendar import monthrange
+from datetime import UTC, date, datetime, timedelta
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?")
 _UNIT_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, None: 1}
@@ -28,11 +29,13 @@ LAST_MOMENT: dict[str, datetime] = {
 _LAST_ELSEWHERE = datetime(2038, 1, 19, 3, 14, 7, tzinfo=UTC)
 
 
-_DATE_HINT = "write 2020-01-01, 2020-01-01T12:00:00Z, @1577836800 or now"
+_DATE_HINT = "write 2020-01-01, 2020-01-01T12:00:00Z, @1577836800, 2 years ago or now"
+_AGO = re.compile(r"(\d+)\s+(second|minute|hour|day|week|month|year)s?\s+ago")
+_AGO_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
 
 
 def parse_date(text: object) -> datetime:
-    """`2020-01-01`, `2020-01-01T12:00[:00][Z|+01:00]`, `@SECONDS` or `now` as a date in UTC.
+    """`2020-01-01`, `2020-01-01T12:00[:00][Z|+01:00]`, `@SECONDS`, `2 years ago` or `now` as a date in UTC.
 
     Raises:
         ValueError: it is none of these, or before 1970.
@@ -58,11 +61,23 @@ def _parse_text(text: str) -> datetime:
     if text in ("now", "today"):
         return datetime.now(UTC)
     try:
+        if match := _AGO.fullmatch(text):
+            return _ago(int(match[1]), match[2])
         if text.startswith("@"):
             return datetime.fromtimestamp(int(text[1:]), UTC)
         return datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError):
         raise ValueError(f"{text!r} is not a date: {_DATE_HINT}") from None
+
+
+def _ago(count: int, unit: str) -> datetime:
+    """Months and years are the calendar's; a day that the month does not have becomes its last."""
+    now = datetime.now(UTC)
+    if unit in _AGO_S:
+        return now - timedelta(seconds=count * _AGO_S[unit])
+    month = now.year * 12 + now.month - 1 - count * (12 if unit == "year" else 1)
+    year, month = month // 12, month % 12 + 1
+    return now.replace(year=year, month=month, day=min(now.day, monthrange(year, month)[1]))
 
 
 def check_clock_holds(moment: datetime, system: str) -> None:

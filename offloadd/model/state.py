@@ -8,8 +8,11 @@ A machine (the words after the dash are Ganeti's lesson: who shut it down?):
 
 A build:
 
-    created -> queued -> preparing -> booting -> running -> collecting -> succeeded
-       |         |          |            |          |           |-------> failed, timed-out, cancelled, errored
+    created -> queued <-> preparing -> booting -> running -> collecting -> succeeded
+       |         |            |           |          |           |-------> failed, timed-out, cancelled, errored
+
+    queued is also waiting for a slot; what fails on one machine goes back to preparing, for the next one.
+    From there to itself: on another machine.
 """
 
 from __future__ import annotations
@@ -37,6 +40,16 @@ MACHINE_MOVES: dict[MachineState, frozenset[MachineState]] = {
 }
 
 
+class MachineMode(StrEnum):
+    """What its owner lets a machine do (Ganeti's words for a node)."""
+
+    ONLINE = "online"
+    DRAINED = "drained"
+    """Finishes what it has, takes nothing new."""
+    OFFLINE = "offline"
+    """Is not even talked to."""
+
+
 class BuildState(StrEnum):
     CREATED = "created"
     QUEUED = "queued"
@@ -60,10 +73,10 @@ _B = BuildState
 _ENDS = frozenset({_B.FAILED, _B.TIMED_OUT, _B.CANCELLED, _B.ERRORED})
 BUILD_MOVES: dict[BuildState, frozenset[BuildState]] = {
     _B.CREATED: _ENDS | {_B.QUEUED},
-    _B.QUEUED: _ENDS | {_B.PREPARING},
-    _B.PREPARING: _ENDS | {_B.BOOTING, _B.RUNNING},
-    _B.BOOTING: _ENDS | {_B.RUNNING},
-    _B.RUNNING: _ENDS | {_B.COLLECTING},
-    _B.COLLECTING: _ENDS | {_B.SUCCEEDED},
+    _B.QUEUED: _ENDS | {_B.QUEUED, _B.PREPARING},
+    _B.PREPARING: _ENDS | {_B.QUEUED, _B.PREPARING, _B.BOOTING, _B.RUNNING},
+    _B.BOOTING: _ENDS | {_B.PREPARING, _B.RUNNING},
+    _B.RUNNING: _ENDS | {_B.PREPARING, _B.COLLECTING},
+    _B.COLLECTING: _ENDS | {_B.PREPARING, _B.SUCCEEDED},
     **{end: frozenset() for end in (_B.SUCCEEDED, *_ENDS)},
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.plan.machine import VmPlan
+from offloadd.plan.target import Target, find_target
 
 
 @dataclass(frozen=True)
@@ -72,37 +73,41 @@ def _path(fd: int) -> str:
 
 
 def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
-    """The whole command line.  The VM starts paused (-S): the supervisor pins its threads and then lets it go."""
+    """The whole command line.  The VM starts paused (-S): the supervisor pins its threads and then lets it go.
+
+    Raises:
+        NoMachineError: there is no machine type for the plan's system.
+    """
+    target = find_target(plan.system)
     return [
         plan.qemu.binary,
         *("-name", f"guest={_escape(plan.instance)},debug-threads=on"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
         # A guest that breaks out of the device model finds no fork, no exec, no setuid and no scheduling calls.
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        # pc starts faster than q35 and takes hot-plugged disks through ACPI without ports set aside for them.
-        *("-machine", "pc", "-accel", "kvm" if plan.qemu.accelerator == "kvm" else "tcg,thread=multi"),
+        # tcg takes a thread for each processor by itself wherever the host's memory order is as strong as the guest's.
+        *("-machine", target.machine, "-accel", plan.qemu.accelerator),
         *("-cpu", plan.cpu, "-smp", str(plan.cpu_count), "-m", f"{plan.memory_mib}M"),
         # clock=vm: the clock starts when the guest does, and does not follow what NTP does to the host.
         *("-rtc", f"base={plan.date:%Y-%m-%dT%H:%M:%S},clock=vm"),
-        *_boot(fds),
+        *_boot(target, fds),
         *_channels(fds),
-        *_disk(fds),
-        *_network(plan),
-        *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
-        *("-device", "pvpanic-pci"),
+        *_disks(target, fds),
+        *_network(target, plan),
+        *("-object", "rng-random,id=rng0,filename=/dev/urandom", *target.device("rng", "rng=rng0")),
+        *(word for device in target.devices for word in ("-device", device)),
         *plan.options,
     ]
 
 
-def _boot(fds: QemuFds) -> list[str]:
-    # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  The second line saves a third of the
-    # boot under TCG: no mitigations (nobody else is in this guest), no self-tests and calibrations of hardware that is not
-    # there.
+def _boot(target: Target, fds: QemuFds) -> list[str]:
+    # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  What follows saves a third of the boot under
+    # TCG: no mitigations (nobody else is in this guest), no self-tests.
     append = (
-        "root=/dev/vda console=ttyS0 panic=-1 quiet random.trust_cpu=on"
-        " mitigations=off tsc=reliable no_timer_check cryptomgr.notests 8250.nr_uarts=1"
+        f"root=/dev/vda console={target.console} panic=-1 quiet random.trust_cpu=on"
+        f" mitigations=off cryptomgr.notests {target.kernel}"
     )
-    return ["-kernel", _path(fds.kernel), "-initrd", _path(fds.initramfs), "-append", append]
+    return ["-kernel", _path(fds.kernel), "-initrd", _path(fds.initramfs), "-append", append.rstrip()]
 
 
 def _channels(fds: QemuFds) -> list[str]:
@@ -115,15 +120,17 @@ def _channels(fds: QemuFds) -> list[str]:
     ]
 
 
-def _disk(fds: QemuFds) -> list[str]:
+def _disks(target: Target, fds: QemuFds) -> list[str]:
     # The overlay is thrown away: there is nothing that flushes could save.
     disk = f"driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename={_path(fds.disk)}"
     disk += f",backing.driver=raw,backing.read-only=on,backing.file.driver=file,backing.file.filename={_path(fds.base)}"
-    return ["-blockdev", disk, "-device", "virtio-blk-pci,drive=root,serial=root"]
+    hot = target.device("scsi", "id=hot") if target.scsi else []
+    return ["-blockdev", disk, *target.device("blk", "drive=root,serial=root"), *hot]
 
 
-def _network(plan: VmPlan) -> list[str]:
+def _network(target: Target, plan: VmPlan) -> list[str]:
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in plan.forwards)
     # Without restrict the guest reaches every service on the host's loopback.
     restrict = "" if plan.network else ",restrict=on"
-    return ["-netdev", f"user,id=net0{restrict}{forwards}", "-device", "virtio-net-pci,netdev=net0,romfile="]
+    rom = ",romfile=" if target.bus == "pci" else ""
+    return ["-netdev", f"user,id=net0{restrict}{forwards}", *target.device("net", f"netdev=net0{rom}")]

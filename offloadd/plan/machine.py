@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from offloadd.errors import OffloadError, UsageError
-from offloadd.model.machine import Machine
+from offloadd.model.machine import VmMachine
 from offloadd.model.quantity import check_clock_holds
 from offloadd.model.system import SYSTEMS
 from offloadd.plan.cpu import check_cpu, choose_cpu
+from offloadd.plan.target import find_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +58,22 @@ class VmPlan:
     options: tuple[str, ...]
 
 
-def default_qemu(machine: Machine) -> str:
+def default_qemu(machine: VmMachine) -> str:
     """The name of the QEMU binary for a machine."""
     return machine.qemu or f"qemu-system-{SYSTEMS[machine.systems[0]].qemu}"
 
 
-def plan_vm(machine: Machine, qemu: QemuFacts, boot: BootFiles, *, instance: str | None = None) -> VmPlan:
+def plan_vm(
+    machine: VmMachine, qemu: QemuFacts, boot: BootFiles, *, instance: str | None = None, now: datetime | None = None
+) -> VmPlan:
     """The plan of the machine itself, as its file declares it.
 
+    Args:
+        now: the date of a machine that declares none; by default the host's.
     Raises:
-        NoMachineError: this QEMU does not know the CPU model.
+        NoMachineError: this QEMU does not know the CPU model, or there are no virtual machines of that type.
     """
+    find_target(machine.systems[0])
     plan = VmPlan(
         machine=machine.name,
         instance=instance or machine.name,
@@ -77,7 +83,7 @@ def plan_vm(machine: Machine, qemu: QemuFacts, boot: BootFiles, *, instance: str
         cpu=machine.cpu or "",
         cpu_count=machine.cpu_count,
         memory_mib=machine.memory_size,
-        date=machine.date,
+        date=machine.date or (now or datetime.now(UTC)).replace(microsecond=0),
         forwards=tuple(sorted(machine.port_forwardings.items())),
         network=machine.network,
         boot_timeout_s=machine.boot_timeout,
@@ -86,21 +92,24 @@ def plan_vm(machine: Machine, qemu: QemuFacts, boot: BootFiles, *, instance: str
     return replace(plan, cpu=_cpu(plan, machine.cpu, qemu.cpu_models))
 
 
-def plan_for_build(plan: VmPlan, instance: str, *, date: datetime | None, cpu: str | None, pinned_cpu: bool) -> VmPlan:
+def plan_for_build(
+    plan: VmPlan, instance: str, *, date: datetime | None, cpu: str | None, pinned_cpu: bool, system: str | None = None
+) -> VmPlan:
     """The plan of a VM of that machine for one build: own name, own free ports, the build's date and CPU.
 
     Args:
         pinned_cpu: the machine's file sets `cpu`, so that another date does not change it.
+        system: what is built, when it is not the machine's own type: a 32-bit one has a shorter clock than its kernel.
     Raises:
-        UsageError: the machine's clock does not hold the date.
+        UsageError: the machine's clock does not hold the date, or the clock of what is built.
         NoMachineError: this QEMU does not know the CPU model.
     """
-    if date is not None:
-        try:
-            check_clock_holds(date, plan.system)
-        except ValueError as exc:
-            raise UsageError(str(exc), subject=plan.machine) from exc
     moved = replace(plan, instance=instance, date=date or plan.date, forwards=tuple((0, guest) for _, guest in plan.forwards))
+    try:
+        for kind in (plan.system, system or plan.system):
+            check_clock_holds(moved.date, kind)
+    except ValueError as exc:
+        raise UsageError(str(exc), subject=plan.machine) from exc
     wanted = cpu or (plan.cpu if pinned_cpu else None)
     return replace(moved, cpu=_cpu(moved, wanted, plan.qemu.cpu_models))
 

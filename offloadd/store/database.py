@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offloadd.breaker import Breaker
 from offloadd.errors import HostError, NotFoundError
-from offloadd.model.state import BUILD_MOVES, MACHINE_MOVES, BuildState, MachineState
+from offloadd.model.state import BUILD_MOVES, MACHINE_MOVES, BuildState, MachineMode, MachineState
 
 _SCHEMA = (
     """
@@ -39,6 +40,27 @@ _SCHEMA = (
         reason TEXT NOT NULL,
         detail TEXT NOT NULL,
         since REAL NOT NULL
+    ) STRICT;
+    """,
+    # `machine` has the states of VMs.  What follows is about machines of all kinds: what the owner lets one do, which outlives
+    # every state, and how it has failed lately.
+    """
+    CREATE TABLE machine_mode (
+        name TEXT PRIMARY KEY,
+        mode TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE breaker (
+        name TEXT PRIMARY KEY,
+        failures INTEGER NOT NULL,
+        open_until REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE quirk (
+        name TEXT NOT NULL,
+        system TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        build TEXT NOT NULL,
+        created REAL NOT NULL,
+        PRIMARY KEY (name, system)
     ) STRICT;
     """,
 )
@@ -69,6 +91,19 @@ class MachineRow:
     reason: str = ""
     detail: str = ""
     since: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quirk:
+    """A package that user emulation does not build for one system type: it goes to a whole machine straight away."""
+
+    name: str
+    system: str
+    reason: str
+    build: str
+    """The build that showed it."""
+    created: float
+    """Unix time."""
 
 
 class Database:
@@ -151,6 +186,57 @@ class Database:
                 "INSERT OR REPLACE INTO machine (name, state, reason, detail, since) VALUES (?, ?, ?, ?, ?)",
                 (name, state, reason, detail, time.time()),
             )
+
+    def machine_mode(self, name: str) -> MachineMode:
+        """What the machine's owner lets it do; ONLINE unless something else was stored."""
+        row = self._db.execute("SELECT mode FROM machine_mode WHERE name = ?", (name,)).fetchone()
+        return MachineMode.ONLINE if row is None else MachineMode(row["mode"])
+
+    def set_machine_mode(self, name: str, mode: MachineMode) -> None:
+        """Raises `HostError` when it cannot be stored."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO machine_mode (name, mode) VALUES (?, ?)", (name, mode))
+
+    def breaker(self, name: str) -> Breaker:
+        """The machine's breaker; closed unless something else was stored."""
+        row = self._db.execute("SELECT failures, open_until FROM breaker WHERE name = ?", (name,)).fetchone()
+        return Breaker() if row is None else Breaker(**dict(row))
+
+    def store_breaker(self, name: str, breaker: Breaker) -> None:
+        """Raises `HostError` when it cannot be stored."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO breaker (name, failures, open_until) VALUES (?, ?, ?)",
+                (name, breaker.failures, breaker.open_until),
+            )
+
+    def quirks(self) -> list[Quirk]:
+        """All of them, by name and system type."""
+        return [Quirk(**dict(row)) for row in self._db.execute("SELECT * FROM quirk ORDER BY name, system")]
+
+    def quirk(self, name: str, system: str) -> Quirk | None:
+        """What is known of the package `name` on machines of type `system`."""
+        row = self._db.execute("SELECT * FROM quirk WHERE name = ? AND system = ?", (name, system)).fetchone()
+        return None if row is None else Quirk(**dict(row))
+
+    def add_quirk(self, name: str, system: str, reason: str, build: str) -> None:
+        """Remember it; what was known of the pair before is forgotten.  Raises `HostError` when it cannot be stored."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO quirk (name, system, reason, build, created) VALUES (?, ?, ?, ?, ?)",
+                (name, system, reason, build, time.time()),
+            )
+
+    def forget_quirks(self, name: str, system: str | None = None) -> int:
+        """Forget what is known of the package on one system type, or on all; how many there were.
+
+        Raises:
+            HostError: it cannot be stored.
+        """
+        with self._transaction():
+            return self._db.execute(
+                "DELETE FROM quirk WHERE name = ? AND system = coalesce(?, system)", (name, system)
+            ).rowcount
 
 
 def _build_row(row: sqlite3.Row) -> BuildRow:

@@ -59,6 +59,14 @@ async def find_accelerator(
     return verdict
 
 
+def known_accelerator(qemu: Path, cache: Path, *, device: Path = Path("/dev/kvm")) -> str:
+    """What `find_accelerator` would say as far as that is known without a probe; `tcg` as long as nothing was probed."""
+    asked, kept = _now(qemu), _read(cache)
+    if kept is None or _unusable(device) or (kept.boot_id, kept.qemu) != (asked.boot_id, asked.qemu):
+        return asked.accelerator
+    return kept.accelerator
+
+
 def _now(qemu: Path) -> Verdict:
     """The verdict without KVM, for this boot of the host and this QEMU."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -24,6 +24,7 @@ from offloadd.errors import BootError, HostError, MachineLostError, OffloadError
 from offloadd.nursery import open_narrow_nursery
 from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import VmPlan
+from offloadd.plan.target import find_target
 from offloadd.vm.console import bound_log, console_tail
 from offloadd.vm.launch import launch
 from offloadd.vm.outcome import Outcome, judge
@@ -50,6 +51,7 @@ class Instance:
         self.record = record
         self.files = files
         self.outcome: Outcome | None = None
+        self._target = find_target(record.plan.system)
         self._process = process
         self._qmp = qmp
         self._asked = False
@@ -71,13 +73,14 @@ class Instance:
         return self.outcome
 
     async def stop(self, *, polite_s: float = POLITE_S) -> Outcome:
-        """ACPI's power button, then `quit`, then SIGKILL, each with a limit.
+        """The power button where there is one, then `quit`, then SIGKILL, each with a limit.
 
         Args:
             polite_s: how long the guest may take; 0 for a guest that nobody will miss.
         """
         self._asked = True
-        if polite_s > 0 and await self._ends_after("system_powerdown", polite_s):
+        polite = polite_s > 0 and self._target.power_button
+        if polite and await self._ends_after("system_powerdown", polite_s):
             return await self.wait_ended()
         if not await self._ends_after("quit", QUIT_S):
             self._process.kill()
@@ -105,7 +108,7 @@ class Instance:
         finally:
             os.close(fd)
         try:
-            await self._qmp.execute("device_add", driver="virtio-blk-pci", id=serial, drive=serial, serial=serial)
+            await self._qmp.execute("device_add", id=serial, drive=serial, serial=serial, **self._target.hot_disk())
         except BaseException:
             # Refused where a device uses it all the same.
             with trio.move_on_after(QUIT_S, shield=True), suppress(MachineLostError):

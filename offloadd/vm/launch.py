@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,8 @@ import trio
 from offloadd.errors import HostError
 from offloadd.plan.argv import InstanceFiles, QemuFds, qemu_argv
 from offloadd.plan.machine import VmPlan
+from offloadd.spare_user import find_spare_user
 from offloadd.vm.process import QemuProcess, start_process
-
-# systemd's range for users that exist as long as a service runs (its doc/UIDS-GIDS): nobody else's files have them.
-_FIRST_UID, _LAST_UID = 61184, 65519
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,10 @@ def _choose_user(plan: VmPlan, files: InstanceFiles) -> QemuUser | None:
     """A user that nobody else is, so that one that breaks out of its QEMU cannot touch other machines; None without root."""
     if os.geteuid():
         return None
-    # systemd's services, and the machines of a daemon with another state directory, show as processes.
-    taken = _owners(files.directory.parent.glob(f"*/{files.disk.name}")) | _owners(Path("/proc").glob("[0-9]*"))
-    uid = next(uid for uid in range(_FIRST_UID, _LAST_UID + 1) if uid not in taken)
+    uid = find_spare_user(files.directory.parent.glob(f"*/{files.disk.name}"))
     groups = _kvm_groups() if plan.qemu.accelerator == "kvm" else ()
     # Where KVM is root's alone, or a container has no such users, QEMU runs as we do.
-    return QemuUser(uid, groups) if groups is not None and _is_mapped(uid) else None
+    return QemuUser(uid, groups) if groups is not None and uid is not None else None
 
 
 def _kvm_groups() -> tuple[int, ...] | None:
@@ -74,20 +70,6 @@ def _kvm_groups() -> tuple[int, ...] | None:
     if device.st_mode & 0o006 == 0o006:
         return ()
     return (device.st_gid,) if device.st_mode & 0o060 == 0o060 else None
-
-
-def _is_mapped(uid: int) -> bool:
-    """Whether this user namespace has the user (user_namespaces(7), uid_map)."""
-    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    return any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
-
-
-def _owners(paths: Iterable[Path]) -> set[int]:
-    found = set()
-    for path in paths:
-        with suppress(OSError):  # a process that has just ended
-            found.add(path.stat().st_uid)
-    return found
 
 
 @contextmanager

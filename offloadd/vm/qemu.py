@@ -37,7 +37,8 @@ async def find_qemu(name: str) -> QemuBinary:
     """
     found = shutil.which(name)
     if found is None:
-        raise HostError(f"{name} is not installed", hint=f"apt-get install {_package(name)}")
+        # Debian's packages provide the names of their programs; which package has which changes with its releases.
+        raise HostError(f"{name} is not installed", hint=f"apt-get install {Path(name).name.replace('_', '-')}")
     path, _ = key = _identity(found)
     if key not in _seen:
         version = re.search(r"version (\S+)", await _ask(path, "--version"))
@@ -49,11 +50,6 @@ async def find_qemu(name: str) -> QemuBinary:
 def _identity(found: str) -> tuple[Path, int]:
     path = Path(found).resolve()
     return path, path.stat().st_mtime_ns
-
-
-def _package(binary: str) -> str:
-    target = binary.rsplit("-", 1)[-1]
-    return {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm", "arm": "qemu-system-arm"}.get(target, "qemu-system-misc")
 
 
 async def _ask(path: Path, *args: str) -> str:

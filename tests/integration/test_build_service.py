@@ -100,9 +100,11 @@ class Session:
 
 def begin(**fields: Any) -> dict[str, Any]:
     return {
-        "protocol": 1,
+        "protocol": 2,
         "build": "b1",
         "environment": None,
+        "personality": None,
+        "network": False,
         "date": None,
         "directory": "/build/hello-1",
         "steps": ["true"],
@@ -153,6 +155,10 @@ def service(state: Path) -> Iterator[Session]:
         yield session
 
 
+def exits(session: Session) -> list[tuple[int, int]]:
+    return [(event["status"], event["step"]) for event in session.events("exit")]
+
+
 def processes_named(mark: str) -> list[str]:
     """The processes that have `mark` in their command line."""
     found = []
@@ -195,7 +201,7 @@ def test_a_build_from_source_to_outputs(service: Session, tmp_path: Path) -> Non
     service.read_all()
     assert [event["command"] for event in service.events("step")] == steps
     assert [(event["index"], event["count"]) for event in service.events("step")] == [(1, 2), (2, 2)]
-    assert service.events("exit") == [{"event": "exit", "status": 0, "step": 2}]
+    assert exits(service) == [(0, 2)]
     assert service.events("outputs") == [{"event": "outputs", "missing": ["nothing-*"]}]
     out = unpack(service, tmp_path)
     assert {str(path.relative_to(out)) for path in out.rglob("*")} == {
@@ -333,7 +339,7 @@ def test_background_processes_end_with_their_step(service: Session) -> None:
 def test_the_first_step_that_fails_ends_the_build(service: Session, steps: list[str], status: int, failed: int) -> None:
     service.send_build(EMPTY, steps=steps, outputs=["*"])
     service.read_all()
-    assert service.events("exit") == [{"event": "exit", "status": status, "step": failed}]
+    assert exits(service) == [(status, failed)]
     assert b"never" not in service.log
     assert service.tar == b""
 
@@ -501,7 +507,7 @@ def test_names_that_are_no_text(service: Session, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"protocol": 2}, "protocol 2 is asked for, this image speaks 1"),
+        ({"protocol": 1}, "protocol 1 is asked for, this build service speaks 2"),
         ({"build": "../b"}, "'../b' is not the name of a build"),
         ({"directory": "/build/../etc"}, "'/build/../etc' is not a directory to build in"),
         ({"outputs": ["../x"]}, "output '../x' leaves the build directory"),
@@ -610,7 +616,7 @@ def test_a_build_in_an_environment(state: Path, disk: tuple[Path, str]) -> None:
             service.send_build(tar_of({"a": "1"}), environment=serial, steps=[step, "cat a /build/here"], outputs=["a"])
             service.read_all()
             assert service.events("error") == [], service.log
-            assert service.events("exit") == [{"event": "exit", "status": 0, "step": 2}]
+            assert exits(service) == [(0, 2)]
             lines = service.log.decode().splitlines()
             assert lines[:3] == ["from the environment", "hello-1", "here"]
             assert "kept" in lines

@@ -260,7 +260,10 @@ def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> Non
     assert "offload.yaml:2: colour" in err
     (daemon.root / "p/offload.yaml").unlink()
     daemon.run("build", "p", status=5)
-    daemon.run("build", "nowhere", status=5)
+    daemon.run("build", "./nowhere", status=5)
+    daemon.run("build", "-s", "arm46", "p", "--", "make", status=2)
+    daemon.run("build", "--no-check", "p", "--", "make", status=2)
+    daemon.run("route", "arm46", status=2)
     daemon.run("build", "-o", "p", "p", "--", "make", status=2)
     daemon.run("nonsense", status=2)
     daemon.run("vm", "exec", "vm", status=2)
@@ -336,7 +339,9 @@ def _complete(daemon: StubDaemon, line: str) -> list[str]:
 
 def test_completion(daemon: StubDaemon) -> None:
     assert _complete(daemon, "offload vm show b") == ["build-vm"]
-    assert _complete(daemon, "offload image show d") == ["debian"]
+    assert _complete(daemon, "offload image show debian-ar") == ["debian-arm64", "debian-armhf"]
+    assert _complete(daemon, "offload machine show lo") == ["local"]
+    assert _complete(daemon, "offload build -s aa") == ["aarch64-linux"]
     daemon.answers["GET /v1/builds"] = [{"build": BUILD, "name": "p", "version": "0", "state": "failed"}]
     assert _complete(daemon, "offload log 0") == [BUILD]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from offloadd.builder.archive import Archive
 from offloadd.builder.fetch import fetch_sources
 from offloadd.errors import FetchError, HostError, NotFoundError, OffloadError, SourceError
 from offloadd.model.recipe import Source
@@ -98,7 +99,7 @@ def quiet(name: str, done: int, total: int | None) -> None:
 
 
 async def fetch_one(source: Source, cache: Path, **options: int) -> Path:
-    [path] = await fetch_sources([source], cache, quiet, **options)
+    [path] = await fetch_sources([source], Archive(cache.parent, "bookworm"), quiet, **options)
     return path
 
 
@@ -109,7 +110,7 @@ def assert_nothing_kept(cache: Path) -> None:
 async def test_fetches_once_and_keeps(server: Server, cache: Path) -> None:
     source = Source(url=server.put("/a/thing%2B1.tar.gz?token=x", CONTENT), sha256=SHA256)
     seen: list[tuple[str, int, int | None]] = []
-    [path] = await fetch_sources([source], cache, lambda *args: seen.append(args))
+    [path] = await fetch_sources([source], Archive(cache.parent, "bookworm"), lambda *args: seen.append(args))
     assert path == cache / SHA256 / "thing+1.tar.gz"
     assert path.read_bytes() == CONTENT
     assert path.stat().st_mode & 0o777 == 0o644
@@ -126,7 +127,7 @@ async def test_keeps_the_order(server: Server, cache: Path) -> None:
         body = f"content {at}".encode()
         sources.append(Source(url=server.put(f"/file-{at}", body), sha256=hashlib.sha256(body).hexdigest()))
     await fetch_one(sources[1], cache)
-    paths = await fetch_sources([*sources, sources[0]], cache, quiet)
+    paths = await fetch_sources([*sources, sources[0]], Archive(cache.parent, "bookworm"), quiet)
     assert [path.name for path in paths] == ["file-0", "file-1", "file-2", "file-0"]
     assert server.asked == ["/file-1", "/file-0", "/file-2"]
 
@@ -217,7 +218,7 @@ async def test_same_name_twice(server: Server, cache: Path) -> None:
     one = Source(url=server.put("/1/thing.zip", b"one"), sha256=hashlib.sha256(b"one").hexdigest())
     two = Source(url=server.put("/2/thing.zip", b"two"), sha256=hashlib.sha256(b"two").hexdigest())
     with pytest.raises(SourceError, match="have this name"):
-        await fetch_sources([one, two], cache, quiet)
+        await fetch_sources([one, two], Archive(cache.parent, "bookworm"), quiet)
 
 
 async def test_proxy(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

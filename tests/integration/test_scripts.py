@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,19 @@ def run(command: list[str], programs: Path, cwd: Path = REPOSITORY) -> subproces
     return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
 
-ALL_INSTALLED = """shift 2; for package; do echo "$package installed"; done"""
-NONE_INSTALLED = "echo 'uidmap config-files'; exit 1"
+def dpkg_query(installed: Sequence[str]) -> str:
+    """A stand-in that knows of these, in the format that the script asks for."""
+    assert "'${db:Status-Status} ${Package}, ${Provides}\\n'" in (REPOSITORY / "install-host-packages").read_text()
+    return "\n".join(["cat <<END", *(f"installed {words}" for words in installed), "config-files uidmap, ", "END"])
+
+
+def listed_packages() -> list[str]:
+    lines = (REPOSITORY / "install-host-packages").read_text().split("LIST'\n")[1].split("\nLIST\n")[0].splitlines()
+    return [line.split()[0] for line in lines]
+
+
+ALL_INSTALLED = dpkg_query([f"{package}, " for package in listed_packages()])
+NONE_INSTALLED = dpkg_query([])
 
 
 def be(programs: Path, user: str, uid: int) -> None:
@@ -55,6 +67,18 @@ def test_packages_all_there(programs: Path) -> None:
     assert time.monotonic() - started < 1
 
 
+def test_packages_of_another_name(programs: Path, tmp_path: Path) -> None:
+    """Debian 13's qemu-user provides what was a package of its own."""
+    be(programs, "root", 0)
+    others = [f"{package}, " for package in listed_packages() if package not in ("qemu-user-static", "uidmap")]
+    provider = "qemu-user, qemu-user-aarch64 (= 1:10.0), qemu-user-static (= 1:10.0)"
+    put_program(programs, "dpkg-query", dpkg_query([*others, provider, "not-uidmap, uidmapper"]))
+    put_program(programs, "apt-get", f'echo "$*" >> {tmp_path}/asked')
+    done = run(["./install-host-packages"], programs)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "install --yes --no-install-recommends uidmap"
+
+
 def test_packages_missing_as_root(programs: Path, tmp_path: Path) -> None:
     be(programs, "root", 0)
     put_program(programs, "dpkg-query", NONE_INSTALLED)
@@ -63,7 +87,7 @@ def test_packages_missing_as_root(programs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     update, install = (tmp_path / "asked").read_text().splitlines()
     assert update == "noninteractive: update"
-    assert install.startswith("noninteractive: install --yes --no-install-recommends bubblewrap ")
+    assert install.startswith("noninteractive: install --yes --no-install-recommends arch-test bubblewrap ")
     assert " uidmap" in install
 
 

@@ -31,6 +31,7 @@ from offloadd.guest import ssh
 from offloadd.guest.frames import encode
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest, open_ssh
+from offloadd.place import vm
 
 from ..unit.fake_guest import FakeGuest
 
@@ -325,13 +326,13 @@ async def test_a_guest_that_never_starts_the_program(bridge: Bridge, monkeypatch
 
     monkeypatch.setattr(ssh, "OPEN_S", 0.1)
     guest = Guest(bridge, cast("asyncssh.SSHClientConnection", Connection()), "vm")
-    with trio.fail_after(10), pytest.raises(SshError, match="did not start a program"):
+    with trio.fail_after(10), pytest.raises(SshError, match="started no program"):
         async with guest.open_process("true"):
             pass
 
 
 STARTED = encode(b"E", b'{"event": "started", "clock": 5.0, "cpu": "c"}')
-FAILED = encode(b"E", b'{"event": "exit", "status": 2, "step": 1}')
+FAILED = encode(b"E", b'{"event": "exit", "status": 2, "step": 1, "clock": 6.0}')
 
 
 class Quiet:
@@ -366,20 +367,20 @@ async def test_the_fake_guest_of_other_tests_is_as_a_real_one(
     source.write_bytes(b"x" * 200_000)
     (tmp_path / "script").write_bytes(script)
     (tmp_path / "errors").write_bytes(errors)
-    monkeypatch.setattr(run, "COMMAND", f"cat {tmp_path}/script; cat {tmp_path}/errors >&2")
+    monkeypatch.setattr(vm, "COMMAND", f"cat {tmp_path}/script; cat {tmp_path}/errors >&2")
     job = Job(
         build="b", name="r-1", steps=("make",), env={}, outputs=(), source=source, environment="env-b", set_clock=None,
         expected_clock=lambda: 5.0, timeout_s=60.0, max_silent_s=60.0, keep_failed=False,
     )  # fmt: skip
 
-    async def result(name: str, guest: object) -> tuple[object, ...]:
+    async def result(name: str, service: run.BuildService) -> tuple[object, ...]:
         listener = Quiet()
         with open_outputs_receiver(tmp_path / name) as outputs, trio.fail_after(20):
             try:
-                report = await run.run_build(cast(Guest, guest), job, outputs, listener)
+                report = await run.run_build(service, job, outputs, listener)
             except OffloadError as exc:
                 return type(exc), exc.what, exc.detail, listener.text
             return report.exit_status, report.failed_step, listener.text
 
     async with open_ssh(bridge, server.port, server.secrets) as real:
-        assert await result("fake", FakeGuest(script, b"", errors=errors)) == await result("real", real)
+        assert await result("fake", FakeGuest(script, b"", errors=errors)) == await result("real", vm.GuestService(real))

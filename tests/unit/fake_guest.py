@@ -1,4 +1,4 @@
-"""A guest that says what a test wants, in place of `offloadd.guest.ssh.Guest`."""
+"""A build service that says what a test wants."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import cast
 
 import trio
 
-from offloadd.errors import SshError
+from offloadd.errors import TransientError
 
 
 class FakeProcess:
-    """As `GuestProcess`.  A script of bytes to send, seconds to wait, and b"" for the end; without one it stays silent."""
+    """A `Channel`.  A script of bytes to send, seconds to wait, and b"" for the end; without one it stays silent."""
 
-    def __init__(self, script: list[bytes | float], errors: bytes, send_error: SshError | None) -> None:
+    def __init__(self, script: list[bytes | float], errors: bytes, send_error: TransientError | None) -> None:
         self.sent = b""
         self._script = script
         self._errors = [errors, b""] if errors else [b""]
@@ -40,14 +40,12 @@ class FakeProcess:
 
 
 class FakeGuest:
-    def __init__(self, *script: bytes | float, errors: bytes = b"", send_error: SshError | None = None) -> None:
+    def __init__(self, *script: bytes | float, errors: bytes = b"", send_error: TransientError | None = None) -> None:
         self.process = FakeProcess(list(script), errors, send_error)
-        self.command = ""
         self.closed = False
 
     @asynccontextmanager
-    async def open_process(self, command: str) -> AsyncIterator[FakeProcess]:
-        self.command = command
+    async def open_process(self) -> AsyncIterator[FakeProcess]:
         try:
             yield self.process
         finally:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from offloadd.model.machine import Machine
+from offloadd.model.machine import BuildVm, EmulatedVm
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, plan_vm
 
 X86_MODELS = frozenset(
@@ -34,12 +34,18 @@ def facts(**changes: Any) -> QemuFacts:
     )
 
 
-def machine(name: str = "m", **fields: Any) -> Machine:
-    return Machine.model_validate({"kind": "build-vm", "name": name, "image": "debian", **fields})
+def machine(name: str = "m", **fields: Any) -> BuildVm:
+    return BuildVm.model_validate({"kind": "build-vm", "name": name, "image": "debian", **fields})
 
 
 def plan(name: str = "m", *, qemu: QemuFacts | None = None, **fields: Any) -> VmPlan:
     return plan_vm(machine(name, **fields), qemu or facts(), BOOT)
+
+
+def emulated_plan(system: str, model: str, **fields: Any) -> VmPlan:
+    """The plan of an emulated machine, whose QEMU knows one CPU model."""
+    declared = {"kind": "emulated-vm", "name": "m", "image": "debian", "systems": [system], "date": "2020-01-01", **fields}
+    return plan_vm(EmulatedVm.model_validate(declared), facts(cpu_models=frozenset({model})), BOOT)
 
 
 def day(text: str) -> datetime:

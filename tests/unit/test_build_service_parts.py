@@ -101,15 +101,26 @@ def test_numbers_of_both_kinds(number: int) -> None:
 
 
 def test_the_sandbox_s_command_line() -> None:
-    begin = {"build": "b1", "directory": "/build/x-1", "env": {"LANG": "C", "A": "1 2"}}
-    words = steps.sandbox_arguments(begin, "/root/of/it", "make; echo $A", 7)
+    begin = {"build": "b1", "directory": "/build/x-1", "env": {"LANG": "C", "A": "1 2"}, "network": False}
+    words = steps.sandbox_arguments(begin, 61184, "make; echo $A", 7)
     assert words[:2] == ["/usr/bin/bwrap", "--unshare-all"]
     assert words[-5:] == ["--", "/bin/sh", "-e", "-c", "make; echo $A"]
     assert "--share-net" not in words
     assert {"--die-with-parent", "--new-session", "--clearenv"} < set(words)
-    assert words[words.index("--bind") + 1 :][:2] == ["/root/of/it", "/"]
+    assert words[words.index("--bind") + 1 :][:2] == ["/tmp", "/"]
+    assert words[words.index("--uid") + 1 :][:3] == ["1000", "--gid", "1000"]
     assert words[words.index("--chdir") + 1] == "/build/x-1"
     env = {words[at + 1]: words[at + 2] for at, word in enumerate(words) if word == "--setenv"}
     assert env["LANG"] == "C"
     assert env["A"] == "1 2"
     assert env["OFFLOAD_BUILD"] == "b1"
+    assert "--share-net" in steps.sandbox_arguments({**begin, "network": True}, 61184, "true", 7)
+
+
+def test_the_sandbox_of_a_service_that_is_no_root() -> None:
+    """All files are that user's, but a build can write no more than elsewhere."""
+    begin = {"build": "b1", "directory": "/build/x-1", "env": {}, "network": False}
+    words = steps.sandbox_arguments(begin, None, "true", 7)
+    assert words[words.index("--ro-bind") + 1 :][:2] == ["/tmp", "/"]
+    bound = [words[at + 2] for at, word in enumerate(words) if word == "--bind"]
+    assert bound == ["/build", "/tmp", "/var/tmp"]

@@ -14,15 +14,16 @@ import trio
 import trio.testing
 
 from offloadd.config.library import Library
-from offloadd.daemon import builds as module
 from offloadd.daemon.builds import SOURCE_S, Builds
+from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.machines import Machines
-from offloadd.daemon.perform import ActiveBuild
+from offloadd.daemon.perform import ActiveBuild, Performer
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import BuildFailedError, BuildTimeoutError, NotFoundError, SshError
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
 from offloadd.paths import Paths
+from offloadd.route import Decision, MachineFacts, Needs, find_route
 from offloadd.store.database import Database, open_database
 
 from .plans import machine
@@ -52,10 +53,17 @@ def shop(tmp_path: Path, database: Database) -> Workshop:
     return cast(Workshop, Shop(tmp_path, database))
 
 
+class Anybody:
+    """A dispatcher that has a machine for everything."""
+
+    async def decide(self, needs: Needs) -> Decision:
+        return find_route(needs, [machine()], {"m": MachineFacts(systems=(needs.system,))}, 0.0)
+
+
 @asynccontextmanager
 async def open_builds(shop: Workshop) -> AsyncIterator[Builds]:
     async with trio.open_nursery() as nursery:
-        yield Builds(shop, cast(Machines, SimpleNamespace()), nursery)
+        yield Builds(shop, cast(Machines, SimpleNamespace()), cast(Dispatcher, Anybody()), nursery)
 
 
 async def told(builds: Builds, build: str) -> list[dict[str, Any]]:
@@ -70,7 +78,7 @@ async def no_pieces() -> AsyncIterator[bytes]:
 
 async def test_a_source_that_never_comes(shop: Workshop, autojump_clock: trio.testing.MockClock) -> None:
     async with open_builds(shop) as builds:
-        build = builds.create(REQUEST)
+        build = await builds.create(REQUEST)
         began = trio.current_time()
         events = await told(builds, build)
         assert trio.current_time() - began == pytest.approx(SOURCE_S)
@@ -94,15 +102,15 @@ async def test_a_source_that_never_comes(shop: Workshop, autojump_clock: trio.te
 async def test_each_end_has_its_state(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, error: Exception | None, state: str, status: int
 ) -> None:
-    async def perform(active: ActiveBuild, *_: object) -> None:
+    async def perform(_: Performer, active: ActiveBuild) -> None:
         for step in (BuildState.PREPARING, BuildState.RUNNING, BuildState.COLLECTING):
             shop.database.move_build(active.id, step)
         if error:
             raise error
 
-    monkeypatch.setattr(module, "perform", perform)
+    monkeypatch.setattr(Performer, "perform", perform)
     async with open_builds(shop) as builds:
-        build = builds.create(REQUEST)
+        build = await builds.create(REQUEST)
         await builds.take_source(build, no_pieces())
         events = await told(builds, build)
     assert (events[-1]["event"], events[-1]["state"], events[-1]["exit_status"]) == ("end", state, status)
@@ -123,9 +131,9 @@ async def test_what_breaks_while_a_build_is_cancelled_does_not_hide_that(
         finally:
             raise SshError("broke while it was torn down")
 
-    monkeypatch.setattr(module, "perform", perform)
+    monkeypatch.setattr(Performer, "perform", perform)
     async with open_builds(shop) as builds:
-        build = builds.create(REQUEST)
+        build = await builds.create(REQUEST)
         await builds.take_source(build, no_pieces())
         await trio.testing.wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:
@@ -139,7 +147,7 @@ async def test_draining_gives_builds_a_moment_and_then_cancels_them(
     shop: Workshop, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_builds(shop) as builds:
-        build = builds.create(REQUEST)
+        build = await builds.create(REQUEST)
         began = trio.current_time()
         await builds.drain(10)
         assert trio.current_time() - began == pytest.approx(10)
@@ -150,7 +158,7 @@ async def test_draining_gives_builds_a_moment_and_then_cancels_them(
 
 async def test_draining_in_a_hurry(shop: Workshop, autojump_clock: trio.testing.MockClock) -> None:
     async with open_builds(shop) as builds:
-        build = builds.create(REQUEST)
+        build = await builds.create(REQUEST)
         builds.hurry()
         await builds.drain(10)
         assert trio.current_time() == autojump_clock.current_time()

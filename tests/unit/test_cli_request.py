@@ -11,7 +11,7 @@ from offload_cli.request import Changes, check_directory, find_recipe, make_requ
 from offloadd.config.document import dump_yaml
 from offloadd.config.load import parse_value
 from offloadd.errors import ConfigError, NotFoundError, UsageError
-from offloadd.model.machine import Machine
+from offloadd.model.machine import BuildVm
 
 YAML = "packages: [gcc]\nsteps: [make, make check]\noutputs: [dist/*]\ndate: 2019-08-01\n"
 
@@ -118,7 +118,7 @@ def test_directory(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_is_printed_can_be_read_back() -> None:
-    machine = parse_value("kind: build-vm\nname: vm\nimage: debian\ndate: 2019-01-01\nboot-timeout: 90\n", "vm.yaml", Machine)
+    machine = parse_value("kind: build-vm\nname: vm\nimage: debian\ndate: 2019-01-01\nboot-timeout: 90\n", "vm.yaml", BuildVm)
     values = {field: value for field, value in machine.to_json().items() if value is not None}
     values["port-forwardings"] = {int(host): guest for host, guest in values["port-forwardings"].items()}
-    assert parse_value(dump_yaml(values), "printed", Machine) == machine
+    assert parse_value(dump_yaml(values), "printed", BuildVm) == machine

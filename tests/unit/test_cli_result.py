@@ -36,7 +36,8 @@ class FakeClient:
 
 
 def keep(client: FakeClient, target: Path, outputs: str | None = "") -> Any:
-    return keep_result(client, target, "0a1b2c3d", RESULT, outputs=outputs)  # type: ignore[arg-type]
+    log = io.BytesIO(b"the log\n")
+    return keep_result(client, target, "0a1b2c3d", RESULT, log, outputs=outputs)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_the_record_is_ours(tmp_path: Path) -> None:
 def test_an_earlier_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
     keep(FakeClient({"old": b""}), tmp_path / "out")
     keep(FakeClient({"new": b""}), tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["build.json", "new"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["build.json", "build.log", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -113,7 +114,14 @@ def test_a_failed_build_directory_has_its_own_place(tmp_path: Path) -> None:
 
 def test_outputs_that_are_not_wanted(tmp_path: Path) -> None:
     keep(FakeClient({"a": b""}), tmp_path / "out", outputs=None)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["build.json", "build.log"]
+
+
+def test_the_log_does_not_replace_an_output(tmp_path: Path) -> None:
+    keep(FakeClient({"a": b""}), tmp_path / "out")
+    assert (tmp_path / "out/build.log").read_bytes() == b"the log\n"
+    keep(FakeClient({"build.log": b"the package's own"}), tmp_path / "out")
+    assert (tmp_path / "out/build.log").read_bytes() == b"the package's own"
 
 
 def test_links_that_came_with_the_source_do_not_lead_the_result_away(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from offloadd.config.library import load_library
 from offloadd.config.load import check_document, parse_value
 from offloadd.errors import ConfigError, NotFoundError, error_from_json
 from offloadd.model.image import ImageRecipe
-from offloadd.model.machine import Machine
+from offloadd.model.machine import BuildVm, EmulatedVm
 from offloadd.model.recipe import BuildRecipe
 from offloadd.paths import shipped
 
@@ -24,7 +24,7 @@ IMAGE = "kind: debian\nname: debian\nsuite: bookworm\nkernel: linux-image-cloud-
 RECIPE = "name: r\nsteps: ['true']\n"
 
 
-def problems(text: str, kind: type[Machine] | type[ImageRecipe] | type[BuildRecipe] = Machine) -> list[tuple[int, str, str]]:
+def problems(text: str, kind: type[BuildVm] | type[ImageRecipe] | type[BuildRecipe] = BuildVm) -> list[tuple[int, str, str]]:
     """(line, field, message) of each problem."""
     with pytest.raises(ConfigError) as caught:
         parse_value(text, "f.yaml", kind)
@@ -32,7 +32,7 @@ def problems(text: str, kind: type[Machine] | type[ImageRecipe] | type[BuildReci
 
 
 def test_defaults_are_those_of_the_manual() -> None:
-    machine = parse_value(MACHINE, "f.yaml", Machine)
+    machine = parse_value(MACHINE, "f.yaml", BuildVm)
     assert machine.to_json() == {
         "kind": "build-vm",
         "name": "m",
@@ -50,6 +50,9 @@ def test_defaults_are_those_of_the_manual() -> None:
         "network": False,
         "boot-timeout": 180.0,
         "options": [],
+        "speed": 1.0,
+        "overload-threshold": 0.8,
+        "features": [],
     }
 
 
@@ -162,11 +165,11 @@ def test_a_mode_needs_no_quotes() -> None:
         ("outputs: ['']", "outputs", "leaves the build directory"),
         ("env: {A B: c}", "env.A B", "does not have the form"),
         ("env: {A: 1}", "env.A", "write it in quotes: '1'"),
-        ("sources: [{sha256: " + "0" * 64 + "}]", "sources[0]", "one of url and pypi"),
+        ("sources: [{sha256: " + "0" * 64 + "}]", "sources[0]", "one of url, pypi and debian"),
         ("sources: [{url: 'file:///etc/passwd', sha256: " + "a" * 64 + "}]", "sources[0]", "must begin with https://"),
         ("sources: [{pypi: holidays, sha256: " + "a" * 64 + "}]", "sources[0].pypi", "does not have the form"),
         ("sources: [{pypi: holidays==1, sha256: abc}]", "sources[0].sha256", "does not have the form"),
-        ("systems: [i586-gnu]", "systems[0]", "unknown system type"),
+        ("systems: [i586-gun]", "systems[0]", "unknown system type"),
         ("timeout: -5", "timeout", "is not a duration"),
         ("max-silent-time: never", "max-silent-time", "is not a duration"),
         ("suite: Bookworm", "suite", "does not have the form"),
@@ -191,7 +194,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
 
 def test_the_text_of_a_problem_has_file_line_and_field() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_value(MACHINE + "cpu-count: 0\n", "my/m.yaml", Machine)
+        parse_value(MACHINE + "cpu-count: 0\n", "my/m.yaml", BuildVm)
     assert str(caught.value) == "my/m.yaml:4: cpu-count: input should be greater than or equal to 1, not 0"
     assert caught.value.exit_status == 3
     assert str(error_from_json(caught.value.to_json())) == str(caught.value)
@@ -240,12 +243,12 @@ def test_a_few_aliases_cannot_stand_for_billions_of_nodes() -> None:
 @given(st.text(max_size=200))
 def test_any_text_is_a_document_or_a_config_error(text: str) -> None:
     with suppress(ConfigError):
-        parse_value(text, "f.yaml", Machine)
+        parse_value(text, "f.yaml", BuildVm)
 
 
 @given(
     st.dictionaries(
-        st.sampled_from([field.alias or "" for field in Machine.model_fields.values()]),
+        st.sampled_from([field.alias or "" for field in BuildVm.model_fields.values()]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
@@ -255,7 +258,7 @@ def test_any_text_is_a_document_or_a_config_error(text: str) -> None:
 )
 def test_any_values_are_a_machine_or_a_config_error(values: dict[str, object]) -> None:
     with suppress(ConfigError):
-        check_document(Document(file="f.yaml", values=values, lines={}), Machine)
+        check_document(Document(file="f.yaml", values=values, lines={}), BuildVm)
 
 
 def test_the_line_of_a_field_is_that_of_the_nearest_around_it() -> None:
@@ -294,7 +297,9 @@ def write(folder: Path, name: str, text: str) -> None:
 
 def test_what_is_shipped_is_right() -> None:
     library = load_library([shipped()])
-    assert library.machine("build-vm").image == "debian"
+    assert library.vm("build-vm").image == "debian"
+    kinds = {machine.kind for machine in library.machines.values()}
+    assert kinds == {"local", "binfmt", "build-vm", "emulated-vm"}, "an ssh host is always somebody's own"
     assert library.folders["debian"] == shipped() / "images"
 
 
@@ -305,11 +310,73 @@ def test_the_users_files_override_by_name(tmp_path: Path) -> None:
     write(tmp_path / "b", "machines/.#m.yaml", "an editor's lock")
     write(tmp_path / "b", "machines/n.yaml", MACHINE.replace("name: m\n", ""))
     library = load_library([tmp_path / "a", tmp_path / "b", tmp_path / "nothing"])
-    assert library.machine("m").cpu_count == 1
+    assert library.vm("m").cpu_count == 1
     assert library.machine("n").name == "n"
     with pytest.raises(NotFoundError) as caught:
         library.machine("mm")
     assert caught.value.hint == "did you mean m?"
+
+
+def test_an_emulated_machine_is_of_one_kind_of_processor() -> None:
+    text = "kind: emulated-vm\nname: m\nimage: debian\nsystems: [%s]\n"
+    assert parse_value(text % "aarch64-linux, armhf-linux", "m.yaml", EmulatedVm).systems == ("aarch64-linux", "armhf-linux")
+    for systems, wrong in (
+        ("armhf-linux, aarch64-linux", "a machine of type armhf-linux does not run aarch64-linux"),
+        ("aarch64-linux, s390x-linux", "a machine of type aarch64-linux does not run s390x-linux"),
+        ("i586-gnu", "cannot be of type i586-gnu: only Linux"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            parse_value(text % systems, "m.yaml", EmulatedVm)
+
+
+def test_a_file_that_is_like_another(tmp_path: Path) -> None:
+    """The fields that it does not set are those of the other, of its own folder or of an earlier one."""
+    files = "files: [{path: /a, source: a}]\n"
+    write(tmp_path / "a", "images/debian.yaml", IMAGE + files)
+    write(tmp_path / "a", "images/arm.yaml", "like: debian\narchitecture: arm64\n")
+    write(tmp_path / "b", "images/arm-too.yaml", "like: arm\nsize: 3G\n")
+    # The same name: the user's own with one thing changed.
+    write(tmp_path / "b", "images/debian.yaml", "like: debian\nsuite: trixie\n")
+    write(tmp_path / "b", "images/mine.yaml", "like: debian\nfiles: []\n")
+    write(tmp_path / "a", "machines/m.yaml", MACHINE)
+    write(tmp_path / "b", "machines/n.yaml", "like: m\ncpu-count: 1\n")
+    library = load_library([tmp_path / "a", tmp_path / "b"])
+    arm, arm_too = library.image("arm"), library.image("arm-too")
+    assert (arm.name, arm.architecture, arm.suite, arm.size) == ("arm", "arm64", "bookworm", 2 << 30)
+    assert (arm_too.name, arm_too.architecture, arm_too.size) == ("arm-too", "arm64", 3 << 30)
+    assert (library.image("debian").suite, library.image("debian").size) == ("trixie", 2 << 30)
+    # Sources are found where the file that names them is.
+    assert library.folders == {
+        "debian": tmp_path / "a/images",
+        "arm": tmp_path / "a/images",
+        "arm-too": tmp_path / "a/images",
+        "mine": tmp_path / "b/images",
+    }
+    machine = library.vm("n")
+    assert (machine.name, machine.image, machine.cpu_count) == ("n", "debian", 1)
+
+
+def test_what_is_wrong_with_a_file_that_is_like_another(tmp_path: Path) -> None:
+    write(tmp_path, "images/debian.yaml", IMAGE.replace("size: 2G", "size: small"))
+    write(tmp_path, "images/a.yaml", "like: debian\nsuite: UPPER\n")
+    write(tmp_path, "images/b.yaml", "# nothing\nlike: debain\n")
+    write(tmp_path, "images/c.yaml", "like: d\n")
+    write(tmp_path, "images/d.yaml", "like: c\n")
+    write(tmp_path, "images/e.yaml", "like: [1]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_library([tmp_path])
+    found = [(Path(problem.file).name, problem.line, problem.field) for problem in caught.value.problems]
+    # What is wrong in the one is not told again for the other, which has it from there.
+    assert found == [
+        ("a.yaml", 2, "suite"),
+        ("b.yaml", 2, "like"),
+        ("c.yaml", 1, "like"),
+        ("d.yaml", 1, "like"),
+        ("debian.yaml", 5, "size"),
+        ("e.yaml", 1, "like"),
+    ]
+    assert "there is nothing called 'debain' to be like; did you mean debian?" in str(caught.value)
+    assert "d.yaml:1: like: is like itself" in str(caught.value)
 
 
 def test_a_library_tells_every_problem_of_every_file(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from offloadd.binfmt.status import Status
 from offloadd.debian import (
     Mirror,
     ProgressParser,
+    check_runs,
     choose_mirrors,
     find_keyring,
     installed_packages,
@@ -137,6 +139,19 @@ def test_installed_packages() -> None:
         "Package: a\nStatus: install ok installed\nVersion: 1\n\nPackage: gone\nStatus: deinstall ok config-files\nVersion: 1\n"
     )
     assert installed_packages(status) == {"a": "1", "b": "2:1-1"}
+
+
+def test_foreign_architectures_need_their_emulator() -> None:
+    nothing = Status(mounted=True, enabled=True)
+    check_runs("amd64", ("x86_64-linux", "i686-linux"), nothing, "image x")
+    check_runs("i386", ("x86_64-linux", "i686-linux"), nothing, "image x")
+    check_runs("sparc64", ("x86_64-linux",), nothing, "image x")
+    with pytest.raises(HostError) as caught:
+        check_runs("arm64", ("x86_64-linux", "i686-linux"), nothing, "image debian-arm64")
+    assert caught.value.render() == (
+        "image debian-arm64: programs of arm64 do not run here: qemu-aarch64 is not registered\n"
+        "  hint: offload binfmt register aarch64"
+    )
 
 
 def test_packages_that_apt_does_not_find() -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from offload_cli.doctor import doctor_lines
 from offloadd import doctor
+from offloadd.binfmt.magic import ET_EXEC, elf_header
+from offloadd.binfmt.status import Registration, Status, parse_entry
 from offloadd.config.library import load_library
 from offloadd.doctor import Program, Requirement, State
 from offloadd.paths import Paths, find_paths
@@ -127,6 +129,28 @@ def test_daemon(paths: Paths) -> None:
         listener.bind(str(paths.socket))
         listener.listen()
         assert "running, " in doctor.check_daemon(paths.socket).found
+
+
+def test_binfmt() -> None:
+    arm = "interpreter /x\nflags: {}\noffset 0\nmagic " + elf_header("armhf-linux", ET_EXEC)[:7].hex()
+    native = ("x86_64-linux", "i686-linux")
+
+    def check(
+        *entries: Registration | None, installed: tuple[str, ...] = ("armhf-linux",), mounted: bool = True
+    ) -> Requirement:
+        found = Status(mounted=mounted, enabled=True, entries=tuple(entry for entry in entries if entry))
+        return doctor.check_binfmt(found, installed, native)
+
+    good = parse_entry("good", f"enabled\n{arm.format('F')}", 0)
+    row = check(good)
+    assert (row.state, row.found, row.remedy) == (State.OK, "armhf-linux", "")
+    row = check(parse_entry("bad", f"enabled\n{arm.format('P')}", 0))
+    assert row.state is State.WARNING
+    assert "bad is registered without the flag F" in row.found
+    assert row.remedy.endswith("offload binfmt register --force")
+    assert check().remedy.endswith("offload binfmt register")
+    assert check(mounted=False).found == "binfmt_misc is not mounted"
+    assert check(installed=()).remedy.endswith("apt-get install qemu-user-static")
 
 
 def test_lines() -> None:

@@ -25,7 +25,7 @@ def test_time_trap() -> None:
 
 def test_holidays() -> None:
     recipe = read("holidays")
-    assert recipe.date is not None
+    assert isinstance(recipe.date, datetime)
     assert datetime(2019, 7, 28, 17, 4, 8, tzinfo=UTC) < recipe.date < datetime(2020, 1, 1, tzinfo=UTC)
     [source] = recipe.sources
     assert source.pypi == f"holidays=={recipe.version}"

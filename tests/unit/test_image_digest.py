@@ -49,6 +49,24 @@ def test_guest_files_are_read_with_their_modes(tmp_path: Path) -> None:
     assert read_guest_files(ImageRecipe.model_validate(RECIPE), tmp_path) == FILES
 
 
+def test_a_directory_stands_for_its_files(tmp_path: Path) -> None:
+    for name in ("one.py", "deep/two.py", "__pycache__/one.pyc", ".one.py.swp", "one.py~"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+    (tmp_path / "other").write_text("other")
+    files = [{"path": "/lib/x", "source": "tree", "mode": "0600"}, {"path": "/lib/x/one.py", "source": "other"}]
+    recipe = ImageRecipe.model_validate(RECIPE | {"files": files})
+    found = read_guest_files(recipe, tmp_path)
+    assert found == (
+        GuestContent(path="/lib/x/deep/two.py", mode=0o600, content=b"deep/two.py"),
+        # The later entry counts.
+        GuestContent(path="/lib/x/one.py", mode=0o644, content=b"other"),
+    )
+    digest = image_digest(recipe, found)
+    (tmp_path / "tree/deep/two.py").write_text("changed")
+    assert image_digest(recipe, read_guest_files(recipe, tmp_path)) != digest
+
+
 def test_every_unreadable_guest_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_guest_files(ImageRecipe.model_validate(RECIPE), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import stat
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_make_initramfs(tmp_path: Path) -> None:
     assert found["modules.list"][1] == b"/modules/virtio_ring.ko\n/modules/virtio.ko\n"
     assert found["init"][0] == stat.S_IFREG | 0o755
     assert gzip.decompress(make_initramfs(tmp_path, "6.1.0", ["virtio"], compress=True)) == plain
+    # A kernel whose modules are compressed gives the same: the guest has nothing to decompress.
+    for path in ("kernel/drivers/virtio/virtio_ring.ko", "kernel/drivers/virtio/virtio.ko"):
+        (folder / f"{path}.xz").write_bytes(lzma.compress((folder / path).read_bytes()))
+    (folder / "modules.dep").write_text(DEP.replace("virtio_ring.ko", "virtio_ring.ko.xz").replace("virtio.ko", "virtio.ko.xz"))
+    assert make_initramfs(tmp_path, "6.1.0", ["virtio"]) == plain
+    (folder / "kernel/drivers/virtio/virtio.ko.xz").write_bytes(b"\xfd7zXZ\0 and no more")
+    with pytest.raises(InitramfsError, match="cannot decompress"):
+        make_initramfs(tmp_path, "6.1.0", ["virtio"])
+    (folder / "modules.dep").write_text("kernel/drivers/virtio/virtio.ko.zst:\n")
+    (folder / "kernel/drivers/virtio/virtio.ko.zst").write_bytes(b"")
+    with pytest.raises(InitramfsError, match=r"not known here: virtio\.ko\.zst"):
+        make_initramfs(tmp_path, "6.1.0", ["virtio"])
+    (folder / "modules.dep").write_text(DEP)
     (tmp_path / "usr/bin/busybox").unlink()
     with pytest.raises(InitramfsError, match="busybox"):
         make_initramfs(tmp_path, "6.1.0", ["virtio"])

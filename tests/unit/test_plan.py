@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from offloadd.errors import NoMachineError, UsageError
-from offloadd.model.system import SYSTEMS
 from offloadd.plan.argv import QemuFds, qemu_argv
 from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
-from offloadd.plan.machine import default_qemu, plan_for_build
+from offloadd.plan.machine import default_qemu, plan_for_build, plan_vm
+from offloadd.plan.target import TARGETS
 
-from .plans import X86_MODELS, day, facts, machine, plan
+from .plans import BOOT, X86_MODELS, day, emulated_plan, facts, machine, plan
 
 
 @pytest.mark.parametrize(
@@ -57,9 +59,18 @@ def test_each_table_is_in_order_and_without_doubles(target: str) -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_each_system_has_a_table(system: str) -> None:
-    assert choose_cpu(day("2020-01-01"), system, {name for _, name in MODELS[SYSTEMS[system].qemu]})
+def test_each_target_has_a_table() -> None:
+    assert set(MODELS) == set(TARGETS)
+
+
+def test_a_system_without_a_target() -> None:
+    with pytest.raises(NoMachineError, match="this QEMU knows no CPU model of mips64el-linux"):
+        choose_cpu(day("2020-01-01"), "mips64el-linux", {"max"})
+    with pytest.raises(NoMachineError) as caught:
+        emulated_plan("mips64el-linux", "max")
+    assert caught.value.what == "offload has no virtual machine for mips64el-linux"
+    assert "aarch64-linux" in caught.value.hint
+    assert "gnu" not in caught.value.hint
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_names() -> None:
@@ -90,6 +101,15 @@ def test_the_plan_of_a_build_has_its_own_name_ports_date_and_cpu() -> None:
     assert moved.forwards == ((0, 22), (0, 1004))
 
 
+def test_a_machine_without_a_date_has_todays() -> None:
+    now = datetime(2031, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+    declared = machine("vm", date=None)
+    made = plan_vm(declared, facts(), BOOT, now=now)
+    assert made.date == now.replace(microsecond=0)
+    assert made.cpu == "SapphireRapids"
+    assert abs(plan_vm(declared, facts(), BOOT).date - datetime.now(UTC)) < timedelta(minutes=1)
+
+
 def test_a_cpu_that_the_machine_pins_stays_at_another_date() -> None:
     pinned = plan(cpu="486")
     assert plan_for_build(pinned, "b", date=day("2009-01-01"), cpu=None, pinned_cpu=True).cpu == "486"
@@ -101,6 +121,18 @@ def test_a_cpu_that_the_machine_pins_stays_at_another_date() -> None:
 def test_a_date_that_the_clock_does_not_hold() -> None:
     with pytest.raises(UsageError, match="2150-01-01 is outside"):
         plan_for_build(plan(), "b", date=day("2150-01-01"), cpu=None, pinned_cpu=False)
+
+
+def test_what_is_built_has_a_clock_of_its_own() -> None:
+    arm = emulated_plan("aarch64-linux", "neoverse-n1")
+    late = day("2050-01-01")
+    assert plan_for_build(arm, "b", date=late, cpu=None, pinned_cpu=False).date == late
+    with pytest.raises(UsageError, match="outside what the clock of armhf-linux holds"):
+        plan_for_build(arm, "b", date=late, cpu=None, pinned_cpu=False, system="armhf-linux")
+    # The machine's own date counts when the build has none.
+    arm = replace(arm, date=late)
+    with pytest.raises(UsageError, match="armhf-linux"):
+        plan_for_build(arm, "b", date=None, cpu=None, pinned_cpu=False, system="armhf-linux")
 
 
 FDS = QemuFds(qmp=7, console=8, console_log=9, disk=10, base=11, kernel=12, initramfs=13)
@@ -118,7 +150,7 @@ def test_the_whole_command_line() -> None:
         *("-name", "guest=m,debug-threads=on"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", "pc", "-accel", "tcg,thread=multi"),
+        *("-machine", "pc", "-accel", "tcg"),
         *("-cpu", "Cascadelake-Server", "-smp", "4", "-m", "2048M"),
         *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
         *("-kernel", "/proc/self/fd/12", "-initrd", "/proc/self/fd/13"),
@@ -136,6 +168,40 @@ def test_the_whole_command_line() -> None:
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         *("-device", "pvpanic-pci"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("system", "model", "virtual_machine", "console", "bus"),
+    [
+        ("aarch64-linux", "cortex-a72", "virt,gic-version=max", "ttyAMA0", "pci"),
+        ("armhf-linux", "cortex-a15", "virt,gic-version=max", "ttyAMA0", "pci"),
+        (
+            "powerpc64le-linux",
+            "power9",
+            "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            "hvc0",
+            "pci",
+        ),
+        ("riscv64-linux", "rv64", "virt", "ttyS0", "pci"),
+        ("s390x-linux", "max", "s390-ccw-virtio", "ttysclp0", "ccw"),
+    ],
+)
+def test_the_command_line_of_other_targets(system: str, model: str, virtual_machine: str, console: str, bus: str) -> None:
+    argv = qemu_argv(emulated_plan(system, model), FDS)
+    assert options(argv, "-machine") == [virtual_machine]
+    assert options(argv, "-accel") == ["tcg"]
+    assert options(argv, "-cpu") == [model]
+    assert options(argv, "-rtc") == ["base=2020-01-01T00:00:00,clock=vm"]
+    assert options(argv, "-append") == [
+        f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off cryptomgr.notests"
+    ]
+    assert options(argv, "-device") == [
+        f"virtio-blk-{bus},drive=root,serial=root",
+        f"virtio-scsi-{bus},id=hot",
+        "virtio-net-pci,netdev=net0,romfile=" if bus == "pci" else "virtio-net-ccw,netdev=net0",
+        f"virtio-rng-{bus},rng=rng0",
+    ]
+    assert options(argv, "-sandbox") == options(qemu_argv(plan(), FDS), "-sandbox")
 
 
 def test_what_the_kernel_must_be_told() -> None:

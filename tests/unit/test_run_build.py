@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -17,9 +17,8 @@ import trio.testing
 from offloadd.builder import run
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.run import Job, Report, run_build
-from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, UsageError
+from offloadd.errors import BuildFailedError, BuildTimeoutError, HostError, ProtocolError, SshError, UsageError
 from offloadd.guest.frames import HOST_KINDS, PIECE, Decoder, Frame, encode
-from offloadd.guest.ssh import Guest
 
 from .fake_guest import FakeGuest
 
@@ -31,7 +30,7 @@ def event(name: str, **fields: Any) -> bytes:
 
 
 STARTED = event("started", clock=CLOCK + 2, cpu="a cpu", kernel="6.1")
-PASSED = event("exit", status=0, step=2)
+PASSED = event("exit", status=0, step=2, clock=CLOCK + 5)
 NO_OUTPUTS = event("outputs", missing=[])
 END = encode(b"o") + encode(b"D")
 
@@ -85,7 +84,7 @@ class Case:
         self.outputs.unlink(missing_ok=True)
         with open_outputs_receiver(self.outputs) as outputs:
             try:
-                return await run_build(cast(Guest, guest), self.job(**changes), outputs, self.recorder)
+                return await run_build(guest, self.job(**changes), outputs, self.recorder)
             finally:
                 assert guest.closed
 
@@ -116,7 +115,6 @@ async def test_a_good_build(case: Case, size: int) -> None:
     assert case.outputs.read_bytes() == b"tarball"
     # The commands are ours, not those that the guest claims to run.
     assert case.recorder.said == [("started", "a cpu"), (1, 2, "make"), "caf", "é\n", (2, 2, "make check"), "collecting"]
-    assert guest.command == "sudo -n /usr/lib/offload/build-service"
 
 
 async def test_what_is_sent(case: Case) -> None:
@@ -124,9 +122,11 @@ async def test_what_is_sent(case: Case) -> None:
     await case.run(guest)
     begin, *pieces = Decoder(HOST_KINDS).feed(guest.process.sent)
     assert begin.json() == {
-        "protocol": 1,
+        "protocol": 2,
         "build": "b1",
         "environment": "env-b1",
+        "personality": None,
+        "network": False,
         "date": int(CLOCK),
         "directory": "/build/hello-2.10",
         "steps": ["make", "make check"],
@@ -138,18 +138,21 @@ async def test_what_is_sent(case: Case) -> None:
 
 
 async def test_a_step_that_fails(case: Case) -> None:
-    report = await case.run(FakeGuest(STARTED + event("exit", status=2, step=1) + encode(b"D")))
+    report = await case.run(FakeGuest(STARTED + event("exit", status=2, step=1, clock=CLOCK) + encode(b"D")))
     assert (report.exit_status, report.failed_step) == (2, 1)
     assert case.outputs.read_bytes() == b""
 
 
 async def test_the_build_directory_of_a_build_that_failed(case: Case) -> None:
-    script = STARTED + event("exit", status=2, step=1) + encode(b"O", b"all") + event("outputs", missing=[]) + END
+    script = STARTED + event("exit", status=2, step=1, clock=CLOCK) + encode(b"O", b"all") + event("outputs", missing=[]) + END
     report = await case.run(FakeGuest(script), keep_failed=True)
     assert report.exit_status == 2
     assert case.outputs.read_bytes() == b"all"
     await case.fail(
-        ProtocolError, "without its outputs", STARTED + event("exit", status=2, step=1) + encode(b"D"), keep_failed=True
+        ProtocolError,
+        "without its outputs",
+        STARTED + event("exit", status=2, step=1, clock=CLOCK) + encode(b"D"),
+        keep_failed=True,
     )
 
 
@@ -181,9 +184,13 @@ async def test_outputs_that_are_missing(case: Case) -> None:
         STARTED + event("step", index=-1),
         STARTED + event("step", index=True),
         STARTED + event("step", index=10**9),
-        STARTED + event("exit", status="0", step=1),
-        STARTED + event("exit", status=0.0, step=1),
-        STARTED + event("exit", status=-1, step=1),
+        STARTED + event("exit", status="0", step=1, clock=CLOCK),
+        STARTED + event("exit", status=0.0, step=1, clock=CLOCK),
+        STARTED + event("exit", status=-1, step=1, clock=CLOCK),
+        STARTED + event("exit", status=0, step=1),
+        STARTED + event("exit", status=0, step=1, clock=True),
+        STARTED + event("exit", status=0, step=1, clock=10**400),
+        STARTED + event("exit", status=0, step=1, clock=float("nan")),
         STARTED + PASSED + PASSED,
         STARTED + PASSED + event("outputs", missing=5),
         STARTED + PASSED + event("outputs"),
@@ -213,7 +220,7 @@ async def test_a_guest_that_does_not_keep_to_the_protocol(case: Case, script: by
 
 @pytest.mark.parametrize(
     "clock",
-    ["CLOCK", CLOCK + 10.1, CLOCK - 10.1, 0, -1e300, 10**400, float("nan"), float("inf"), None, [], {"a": 1}, "x" * 1000],
+    ["CLOCK", CLOCK + 120.1, CLOCK - 120.1, 0, -1e300, 10**400, float("nan"), float("inf"), None, [], {"a": 1}, "x" * 1000],
 )
 async def test_a_wrong_clock_ends_the_build_before_it_starts(case: Case, clock: object) -> None:
     error = await case.fail(
@@ -223,7 +230,7 @@ async def test_a_wrong_clock_ends_the_build_before_it_starts(case: Case, clock: 
     assert len(error.what) < 300
 
 
-@pytest.mark.parametrize("clock", [CLOCK, CLOCK + 10, CLOCK - 10, int(CLOCK)])
+@pytest.mark.parametrize("clock", [CLOCK, CLOCK + 120, CLOCK - 120, int(CLOCK)])
 async def test_a_clock_that_is_near_enough(case: Case, clock: float) -> None:
     await case.run(FakeGuest(event("started", clock=clock, cpu="c") + PASSED + NO_OUTPUTS + END))
 
@@ -293,7 +300,7 @@ async def test_outputs_without_end(case: Case) -> None:
         pytest.raises(ProtocolError, match="larger than 1000 bytes"),
     ):
         guest = FakeGuest(STARTED + PASSED + encode(b"O", b"x" * 1001))
-        await run_build(cast(Guest, guest), case.job(), outputs, case.recorder)
+        await run_build(guest, case.job(), outputs, case.recorder)
 
 
 async def test_a_recipe_that_no_frame_holds(case: Case) -> None:
@@ -306,3 +313,51 @@ async def test_a_build_that_is_cancelled_closes_its_channel(case: Case, autojump
         await case.run(guest)
     assert scope.cancelled_caught
     assert guest.closed
+
+
+async def test_what_is_sent_for_a_build_on_this_host(case: Case) -> None:
+    guest = FakeGuest(1.0, *good())
+    await case.run(guest, environment="/roots/1/root", set_clock=None, personality="linux32", network=True)
+    begin, *_ = Decoder(HOST_KINDS).feed(guest.process.sent)
+    assert (
+        begin.json().items()
+        >= {
+            "environment": "/roots/1/root",
+            "date": None,
+            "personality": "linux32",
+            "network": True,
+        }.items()
+    )
+
+
+def ending(clock: float) -> bytes:
+    return event("exit", status=0, step=2, clock=clock) + NO_OUTPUTS + END
+
+
+@pytest.mark.parametrize("set_clock", [None, int(CLOCK)])
+async def test_the_clock_is_read_again_at_the_end(
+    case: Case, autojump_clock: trio.testing.MockClock, set_clock: int | None
+) -> None:
+    began = trio.current_time()
+    guest = FakeGuest(STARTED, 50.0, ending(CLOCK + 60))
+    # Where the clock is the host's it goes on by itself; where it was set it goes on from there.
+    report = await case.run(guest, set_clock=set_clock, expected_clock=lambda: CLOCK + trio.current_time() - began)
+    assert (report.clock_start, report.clock_end) == (CLOCK + 2, CLOCK + 60)
+    assert report.clock_drift_s == pytest.approx(8 if set_clock else 10, abs=0.1)
+    assert not any("warning" in str(text) for text in case.recorder.said)
+
+
+async def test_a_clock_that_ran_away_is_told_in_the_log(case: Case) -> None:
+    report = await case.run(FakeGuest(STARTED, ending(CLOCK + 3600)))
+    assert report.exit_status == 0
+    assert report.clock_drift_s == pytest.approx(3598, abs=1)
+    (text,) = [text for text in case.recorder.said if "warning" in str(text)]
+    assert "shows 2020-01-01T01:00:00Z, not 2020-01-01T00:00:02Z at the end" in str(text)
+
+
+async def test_a_channel_of_another_kind_that_breaks(case: Case, autojump_clock: trio.testing.MockClock) -> None:
+    """What a local service says before it ends is told, not the pipe that broke."""
+    with pytest.raises(ProtocolError, match="the build service: no such environment"):
+        await case.run(FakeGuest(0.5, event("error", what="no such environment"), send_error=HostError("went away")))
+    with pytest.raises(HostError, match="went away"):
+        await case.run(FakeGuest(send_error=HostError("went away")))

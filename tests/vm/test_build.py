@@ -69,7 +69,7 @@ def test_sandbox_of_a_build(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("sandbox", f"steps: {json.dumps(steps)}\n{rest}")
     (recipe / "input").write_text("newer than the guest's clock")
 
-    world.run("build", "-o", tmp_path / "result", recipe)
+    world.run("build", "--machine", "build-vm", "-o", tmp_path / "result", recipe)
 
     assert (tmp_path / "result/out/deep/file").read_text() == "made\n"
     assert (tmp_path / "result/out/deep/link").readlink() == Path("file")
@@ -79,7 +79,7 @@ def test_sandbox_of_a_build(world: World, tmp_path: Path) -> None:
 def test_failed_build_is_kept_when_asked(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("broken", "steps: ['echo partial > made-by-step', 'exit 3']\n")
 
-    done = world.run("build", "--keep-failed", "-o", tmp_path / "out", recipe, status=1)
+    done = world.run("build", "--machine", "build-vm", "--keep-failed", "-o", tmp_path / "out", recipe, status=1)
 
     assert "step 2 of 2 failed with exit status 3" in done.stderr
     assert (tmp_path / "out/failed/made-by-step").read_text() == "partial\n"
@@ -88,25 +88,25 @@ def test_failed_build_is_kept_when_asked(world: World, tmp_path: Path) -> None:
 def test_missing_outputs_fail_the_build(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("empty-handed", "steps: ['true']\noutputs: [dist/*.whl]\n")
 
-    done = world.run("build", "-o", tmp_path / "out", recipe, status=1)
+    done = world.run("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe, status=1)
 
     assert "dist/*.whl" in done.stderr
 
 
 def test_time_limits(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("endless", "steps: ['while sleep 0.2; do echo alive; done']\n")
-    done = world.run("build", "--timeout", "3s", "-o", tmp_path / "out", recipe, status=124)
+    done = world.run("build", "--machine", "build-vm", "--timeout", "3s", "-o", tmp_path / "out", recipe, status=124)
     assert "took longer than 3.0s" in done.stderr
 
     silent = world.recipe("silent", "steps: ['echo before; sleep 600']\n")
-    done = world.run("build", "--max-silent-time", "2s", "-o", tmp_path / "out2", silent, status=124)
+    done = world.run("build", "--machine", "build-vm", "--max-silent-time", "2s", "-o", tmp_path / "out2", silent, status=124)
     assert "no output for 2.0s" in done.stderr
     world.assert_nothing_left()
 
 
 def test_interrupted_build_leaves_nothing(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("interrupted", "steps: ['sleep 600']\n")
-    process = world.start("build", "-o", tmp_path / "out", recipe)
+    process = world.start("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
     wait_until_building(process)
     process.send_signal(signal.SIGINT)
 
@@ -139,7 +139,7 @@ def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_
 
 def test_machine_killed_in_mid_build(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("bereft", "steps: ['sleep 600']\n")
-    process = world.start("build", "-o", tmp_path / "out", recipe)
+    process = world.start("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
     wait_until_building(process)
     (qemu,) = world.qemus()
     os.kill(qemu, signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_machine_killed_in_mid_build(world: World, tmp_path: Path) -> None:
 
 def test_builds_take_turns_on_a_machine(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("turns", "steps: ['true']\n")
-    first, second = (world.start("build", "-o", tmp_path / name, recipe) for name in ("first", "second"))
+    first, second = (world.start("build", "--machine", "build-vm", "-o", tmp_path / name, recipe) for name in ("first", "second"))
 
     for process in (first, second):
         _, err = process.communicate(timeout=300)

@@ -44,7 +44,7 @@ def test_next_daemon_adopts_a_users_machine(make_world: Callable[[], World]) -> 
 def test_next_daemon_ends_a_builds_machine(make_world: Callable[[], World], tmp_path: Path) -> None:
     world = make_world()
     recipe = world.recipe("orphaned", "steps: ['sleep 600']\n")
-    process = world.start("build", "-o", tmp_path / "out", recipe)
+    process = world.start("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
     wait_until_building(process)
     kill_daemon(world)
     _, err = process.communicate(timeout=60)

@@ -62,7 +62,7 @@ def cramped(make_world: Callable[[], World]) -> Iterator[World]:
 )
 def test_full_disk_ends_the_build_with_that_reason(cramped: World, tmp_path: Path, step: str, words: str) -> None:
     recipe = cramped.recipe("large", f"steps: [{json.dumps(step)}]\n")
-    done = cramped.run("build", "-o", tmp_path / "out", recipe, status=75)
+    done = cramped.run("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe, status=75)
 
     assert words in done.stderr
     cramped.assert_nothing_left()

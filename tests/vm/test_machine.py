@@ -101,7 +101,7 @@ def test_qemu_is_in_its_sandbox(started: World) -> None:
 
 def test_build_uses_the_running_machine(started: World, tmp_path: Path) -> None:
     recipe = started.recipe("shared", "steps: ['id -u; echo $HOME; date +%Y', 'ls /sys/class/net || true']\n")
-    result = started.json("build", "-o", tmp_path / "out", recipe)
+    result = started.json("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
 
     assert result["own_vm"] is False
     assert result["instance"] == "build-vm"

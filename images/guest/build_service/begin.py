@@ -2,13 +2,15 @@
 
 from build_service.frames import Trouble
 
-PROTOCOL = 1
-
+PROTOCOL = 2
+PERSONALITIES = (None, "linux32")
 
 BEGIN_FIELDS = {
     "protocol": (int,),
     "build": (str,),
     "environment": (str, type(None)),
+    "personality": (str, type(None)),
+    "network": (bool,),
     "date": (int, float, type(None)),
     "directory": (str,),
     "steps": (list,),
@@ -26,8 +28,11 @@ def check_begin(begin):
         if type(begin[name]) not in types:
             raise Trouble(f"field {name} of the begin frame is of the wrong type")
     if begin["protocol"] != PROTOCOL:
-        raise Trouble(f"protocol {begin['protocol']} is asked for, this image speaks {PROTOCOL}")
+        raise Trouble(f"protocol {begin['protocol']} is asked for, this build service speaks {PROTOCOL}")
+    if begin["personality"] not in PERSONALITIES:
+        raise Trouble("there is no personality {!r}".format(begin["personality"]))
     texts = [*begin["steps"], *begin["outputs"], *begin["env"].values(), *begin["env"], begin["directory"]]
+    texts.append(begin["environment"] or "")
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise Trouble("steps, outputs and env of the begin frame must be texts")
     build = begin["build"]

@@ -48,14 +48,15 @@ def remove_stale(path):
 
 def claim_directory(state, build):
     """Make STATE/ID and lock it; first remove what services that were killed have left.  The path and the lock's descriptor."""
-    os.makedirs(state, 0o755, exist_ok=True)
+    # Nobody else passes: a build can leave programs there that run as its user for whoever starts them.
+    os.makedirs(state, 0o700, exist_ok=True)
     gate = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(gate, fcntl.LOCK_EX)
     try:
         for name in os.listdir(state):
             remove_stale(os.path.join(state, name))
         place = os.path.join(state, build)
-        os.mkdir(place, 0o755)
+        os.mkdir(place, 0o700)
         lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         return place, lock

@@ -6,19 +6,22 @@ import sys
 from build_service.frames import Cancelled, describe, send_event
 
 USER = GROUP = 1000
+"""Who a build is, as it sees itself.  On a shared host another user stands behind it: there, 1000 is somebody."""
 
 
 class Reported(Exception):
     """A porter failed and has told the host why."""
 
 
-def become_user():
-    os.setgroups([])
-    os.setgid(GROUP)
-    os.setuid(USER)
+def become_user(user):
+    """Be `user` for good; None: we are no root, and stay who we are."""
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
 
 
-def enter(root, directory):
+def enter(root, directory, user):
     """Go into `root` for good, make `directory` there, the user's own, and become that user."""
     os.chroot(root)
     os.chdir("/")
@@ -27,16 +30,17 @@ def enter(root, directory):
     for part in directory.split("/")[1:]:
         try:
             os.mkdir(part)
-            os.chown(part, USER, GROUP)
+            if user is not None:
+                os.chown(part, user, user)
         except FileExistsError:
             pass
         os.chdir(part)
     os.umask(0)
-    become_user()
+    become_user(user)
 
 
-def as_porter(root, begin, work, *arguments):
-    """Call `work(*arguments)` as the unprivileged user inside `root`, in a process of its own.
+def as_porter(root, begin, user, work, *arguments):
+    """Call `work(*arguments)` as `user` inside `root`, in a process of its own.
 
     Reported: it failed.  Cancelled: the host went away.
     """
@@ -48,7 +52,7 @@ def as_porter(root, begin, work, *arguments):
         return
     status = 2
     try:
-        enter(root, begin["directory"])
+        enter(root, begin["directory"], user)
         work(*arguments)
         status = 0
     except Cancelled:

@@ -4,11 +4,19 @@ import os
 import time
 
 from build_service.frames import Trouble
-from build_service.kernel import MS_BIND, MS_NODEV, MS_NOSUID, MS_RDONLY, MS_REMOUNT
+from build_service.kernel import MS_BIND, MS_NODEV, MS_NOSUID, MS_RDONLY
 
 DISK_TIMEOUT_S = 10.0
 OWN_ROOT = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "opt")
-"""What a build without an environment sees of this guest's own root, read-only."""
+"""What a build without an environment sees of this system's own root, read-only."""
+
+ROOT = "/tmp"
+"""Where a build's root is mounted, in the worker's own mount namespace.
+
+A place that any user can reach: bubblewrap runs as another one, and nobody else may reach the state directory.
+"""
+HOME = "build"
+RESOLVER = "/etc/resolv.conf"
 
 
 def find_disk(sys_root, serial):
@@ -17,45 +25,100 @@ def find_disk(sys_root, serial):
     deadline = time.monotonic() + DISK_TIMEOUT_S
     while True:
         for name in os.listdir(sys_root + "/block"):
-            try:
-                with open(f"{sys_root}/block/{name}/serial") as file:
-                    found = file.read().strip() == serial
-            except OSError:
-                continue
-            if found and os.path.exists("/dev/" + name):
+            if _disk_serial(f"{sys_root}/block/{name}") == serial and os.path.exists("/dev/" + name):
                 return "/dev/" + name
         if time.monotonic() > deadline:
             raise Trouble(f"no disk {serial} came within {DISK_TIMEOUT_S:g} s")
         time.sleep(0.02)
 
 
-def make_root(kernel, place, disk):
-    """The root that the build sees: `disk`, with what the build writes in `place`.  The path, and the mounts in their order."""
-    lower, upper, work, root = [os.path.join(place, name) for name in ("lower", "upper", "work", "root")]
-    for path in (lower, upper, work, root):
-        os.mkdir(path, 0o755)
-    kernel.mount(disk, lower, "squashfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+def _disk_serial(folder):
+    """As virtio shows it, or a SCSI disk: its page 80h (SPC, "Unit Serial Number") has four bytes before it."""
+    for name, header in (("serial", 0), ("device/vpd_pg80", 4)):
+        try:
+            with open(f"{folder}/{name}", "rb") as file:
+                return file.read()[header:].strip().decode(errors="replace")
+        except OSError:
+            continue
+    return None
+
+
+def make_root(kernel, begin, place, sys_root, user):
+    """Mount at ROOT what the build sees, with what it writes in `place`; the mounts in their order."""
+    # Names of our own choice from here on: what stands between `:` and `,` in overlay's options has to be quoted.
+    environment = begin["environment"]
+    os.chdir(place)
+    try:
+        if environment is None:
+            mounts = _mount_own_root(kernel)
+        else:
+            mounts = [os.path.join(place, "lower"), ROOT]
+            _mount_environment(kernel, environment, sys_root)
+    finally:
+        os.chdir("/")
+    if user is not None:
+        # On a shared host the user `build` is another one than in the environment's files.
+        os.chown(os.path.join(ROOT, HOME), user, user, follow_symlinks=False)
+    if begin["network"]:
+        # The system's own root shows the name, which may be a link into its /run, which it does not show.
+        _give_resolver(ROOT + (os.path.realpath(RESOLVER) if environment is None else RESOLVER))
+    return mounts
+
+
+def _mount_environment(kernel, environment, sys_root):
+    for name in ("lower", "upper", "work"):
+        os.mkdir(name, 0o755)
+    if environment.startswith("/"):
+        kernel.mount(environment, "lower", None, MS_BIND)
+    else:
+        kernel.mount(find_disk(sys_root, environment), "lower", "squashfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
     # volatile: nothing here outlives the build, so that no sync need reach the disk.
-    options = f"lowerdir={lower},upperdir={upper},workdir={work},volatile"
-    kernel.mount("overlay", root, "overlay", MS_NOSUID | MS_NODEV, options)
-    return root, [lower, root]
+    options = "lowerdir=lower,upperdir=upper,workdir=work,volatile"
+    # Its notes are in attributes that are root's alone, or in a user's.
+    options += ",userxattr" if is_mapped() else ""
+    try:
+        kernel.mount("overlay", ROOT, "overlay", MS_NOSUID | MS_NODEV, options)
+    except Trouble as exc:
+        why = "the state directory's file system may not hold one (another overlay, NFS)"
+        if is_mapped():
+            why += ", or the kernel is older than 5.11 and lets root alone do it"
+        raise Trouble(f"{exc}: {why}") from None
 
 
-def make_own_root(kernel, place):
-    """The same for a build without an environment: this guest's own programs, and empty directories beside them."""
-    root = os.path.join(place, "root")
-    mounts = []
-    for name in ("", "build", "tmp", "var", "var/tmp", "run", "proc", "dev", "root"):
-        path = os.path.join(root, name)
+def is_mapped():
+    """Whether root is not root here, but somebody in a user namespace."""
+    with open("/proc/self/uid_map") as file:
+        return file.read().split() != ["0", "0", "4294967295"]
+
+
+def _mount_own_root(kernel):
+    """The same for a build without an environment: this system's own programs, and empty directories beside them."""
+    os.mkdir("root", 0o755)
+    kernel.mount("root", ROOT, None, MS_BIND)
+    mounts = [ROOT]
+    for name in (HOME, "tmp", "var", "var/tmp", "run", "proc", "dev", "root"):
+        path = os.path.join(ROOT, name)
         os.mkdir(path)
         os.chmod(path, 0o1777 if name in ("tmp", "var/tmp") else 0o755)
     for name in OWN_ROOT:
-        path = os.path.join(root, name)
+        path = os.path.join(ROOT, name)
         if os.path.islink("/" + name):
             os.symlink(os.readlink("/" + name), path)
         elif os.path.isdir("/" + name):
             os.mkdir(path)
-            kernel.mount("/" + name, path, None, MS_BIND)
-            kernel.mount(None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+            kernel.bind("/" + name, path)
             mounts.append(path)
-    return root, mounts
+    return mounts
+
+
+def _give_resolver(target):
+    """Have the build find names as this system does: its resolver's settings are copied to `target`, unless they show there."""
+    if not os.path.exists(RESOLVER) or (os.path.exists(target) and os.path.samefile(RESOLVER, target)):
+        return
+    with open(RESOLVER, "rb") as file:
+        text = file.read()
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.lexists(target):
+        os.unlink(target)
+    with open(target, "xb") as file:
+        file.write(text)

@@ -1,6 +1,10 @@
-"""Run one build in this guest for the host that is at the other end of standard input and output.
+"""Run one build on this system, a guest or a host, for whoever is at the other end of standard input and output.
 
-    build-service [--state DIR] [--sys DIR]
+    build-service [--state DIR] [--user UID] [--clock keep|set] [--sys DIR]
+
+--state  a directory for root alone, in which each build has one; several services may work in the same one
+--user   who builds when we are root (1000): on a shared host a user that nobody else is.  Inside it is always 1000
+--clock  what to do with a build's date: on a host it is `keep`, and a build that has one is refused
 
 A frame is a kind (1 byte), a length (4 bytes, big-endian) and a payload of at most 1 MiB.
     host -> guest   B begin (JSON)   S a piece of the source's tar   s its end
@@ -12,8 +16,10 @@ A cancelled build leaves nothing, whatever it was doing and whatever it did to p
     front    root; watches standard input; kills the worker, then removes the build's directory
       worker   root, process 1 of a PID namespace with a mount namespace of its own: when it is killed the kernel ends every
                process of the build and drops every mount
-        porter   uid 1000, chroot: unpacks the source, packs the outputs; never sees a file that the build could not see
-        bwrap    uid 1000: one step of the build
+        porter   the user, chroot: unpacks the source, packs the outputs; never sees a file that the build could not see
+        bwrap    the user: one step of the build
+
+Who is no root here becomes root of a user namespace that holds nobody else; then all of these are the same user.
 
 Exit status: 0 when the last frame was sent (also for a build that failed), 1 when the build was cancelled or the service broke.
 """
@@ -28,28 +34,35 @@ import time
 from build_service.begin import check_begin
 from build_service.directory import claim_directory, remove_tree
 from build_service.frames import PIECE, Cancelled, Trouble, describe, parse_json, read_frame, send, send_event
-from build_service.kernel import CLONE_NEWNS, CLONE_NEWPID, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC, Kernel
+from build_service.kernel import (
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_REC,
+    Kernel,
+)
 from build_service.outputs import send_outputs
-from build_service.porter import Reported, as_porter
-from build_service.root import find_disk, make_own_root, make_root
+from build_service.porter import USER, Reported, as_porter
+from build_service.root import ROOT, make_root
 from build_service.source import unpack_source
 from build_service.steps import cpu_model, run_steps
 
 LINGER_S = 5.0
 
 
-def work(kernel, begin, place, sys_root):
+def work(kernel, begin, place, options, user):
     """Do the build."""
     kernel.end_with_parent()
     kernel.unshare(CLONE_NEWNS)
     kernel.mount(None, "/", None, MS_REC | MS_PRIVATE)
     # bubblewrap looks for its child in /proc by the number that it has in our PID namespace.
     kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    if begin["environment"] is None:
-        root, mounts = make_own_root(kernel, place)
-    else:
-        root, mounts = make_root(kernel, place, find_disk(sys_root, begin["environment"]))
-    as_porter(root, begin, unpack_source, begin["date"])
+    mounts = make_root(kernel, begin, place, options["--sys"], user)
+    as_porter(ROOT, begin, user, unpack_source, begin["date"])
     if begin["date"] is not None:
         try:
             # Linux has no clock that is younger than the boot: 1970-01-01T00:00:00 is a few seconds late.
@@ -57,17 +70,17 @@ def work(kernel, begin, place, sys_root):
         except OSError as exc:
             raise Trouble(f"cannot set the clock: {exc.strerror}") from exc
     send_event("started", clock=time.time(), cpu=cpu_model(), kernel=os.uname().release)
-    status, step = run_steps(begin, root)
-    send_event("exit", status=status, step=step)
+    status, step = run_steps(kernel, begin, user)
+    send_event("exit", status=status, step=step, clock=time.time())
     if status == 0:
-        as_porter(root, begin, send_outputs, begin["outputs"])
+        as_porter(ROOT, begin, user, send_outputs, begin["outputs"])
     elif begin["keep_failed"]:
-        as_porter(root, begin, send_outputs, ["."])
+        as_porter(ROOT, begin, user, send_outputs, ["."])
     for path in reversed(mounts):
         kernel.unmount(path)
 
 
-def start_worker(kernel, begin, place, sys_root):
+def start_worker(kernel, begin, place, options, user):
     """Start the process that does the build; its exit status is 0 when the host was told everything."""
     kernel.unshare(CLONE_NEWPID)
     child = os.fork()
@@ -76,7 +89,7 @@ def start_worker(kernel, begin, place, sys_root):
     status = 1
     try:
         set_signals(_signal.SIG_DFL)
-        work(kernel, begin, place, sys_root)
+        work(kernel, begin, place, options, user)
         status = 0
     except Reported:
         status = 0
@@ -115,13 +128,13 @@ def wait_for(worker, alarm):
         raise Cancelled
 
 
-def run(kernel, begin, state, sys_root):
+def run(kernel, begin, options, user):
     """Run the build and leave nothing behind: True when the host was told everything."""
     alarm = open_alarm()
-    place, lock = claim_directory(state, begin["build"])
+    place, lock = claim_directory(options["--state"], begin["build"])
     worker = status = None
     try:
-        worker = start_worker(kernel, begin, place, sys_root)
+        worker = start_worker(kernel, begin, place, options, user)
         wait_for(worker, alarm)
     finally:
         if worker is not None:
@@ -146,26 +159,48 @@ def linger():
             return
 
 
+def become_root(kernel):
+    """Be root of a user namespace in which there is nobody but us."""
+    user, group = os.geteuid(), os.getegid()
+    kernel.unshare(CLONE_NEWUSER)
+    # user_namespaces(7): without this, nobody who is no root may map a group.
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        with open("/proc/self/" + name, "w") as file:
+            file.write(text)
+
+
 def parse_options(arguments):
-    options = {"--state": "/var/lib/offload/builds", "--sys": "/sys"}
-    pairs = list(zip(arguments[::2], arguments[1::2], strict=False))
-    if len(arguments) % 2 or any(name not in options for name, _ in pairs):
-        sys.exit("usage: build-service [--state DIR] [--sys DIR]")
+    options = {"--state": "/var/lib/offload/builds", "--sys": "/sys", "--user": str(USER), "--clock": "set"}
+    pairs = list(zip(arguments[::2], arguments[1::2]))  # noqa: B905 - a remote host may have Python 3.9
     options.update(pairs)
-    return options["--state"], options["--sys"]
+    right = options["--user"].isdecimal() and int(options["--user"]) and options["--clock"] in ("keep", "set")
+    if len(arguments) % 2 or len(options) > 4 or not right:
+        sys.exit("usage: build-service [--state DIR] [--user UID] [--clock keep|set] [--sys DIR]")
+    return options
+
+
+def serve(options):
+    """Take a begin frame and run the build; True when the host was told everything."""
+    kind, payload = read_frame()
+    if kind != b"B":
+        raise Trouble(f"the first frame is {kind!r}, not a begin frame")
+    begin = check_begin(parse_json(payload.decode()))
+    if begin["date"] is not None and options["--clock"] == "keep":
+        raise Trouble("the clock of this host is not a build's to set")
+    kernel, user = Kernel(), int(options["--user"])
+    if os.geteuid():
+        become_root(kernel)
+        user = None
+    return run(kernel, begin, options, user)
 
 
 def main(arguments):
-    state, sys_root = parse_options(arguments)
+    options = parse_options(arguments)
     os.umask(0o022)
     told = True
     try:
         try:
-            kind, payload = read_frame()
-            if kind != b"B":
-                raise Trouble(f"the first frame is {kind!r}, not a begin frame")
-            begin = check_begin(parse_json(payload.decode()))
-            told = run(Kernel(), begin, state, sys_root)
+            told = serve(options)
         except (Trouble, OSError, ValueError) as exc:
             send_event("error", what=describe(exc))
         if told:

@@ -6,13 +6,25 @@ import os
 import select
 
 from build_service.frames import PIECE, Trouble, send, send_event
-from build_service.porter import become_user
+from build_service.porter import GROUP, USER, become_user
+from build_service.root import ROOT
 
 BWRAP = "/usr/bin/bwrap"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def sandbox_arguments(begin, root, command, status_descriptor):
+WRITABLE = ("build", "tmp", "var/tmp")
+
+
+def root_arguments(user):
+    """How bubblewrap shows the root."""
+    if user is not None:
+        return ["--bind", ROOT, "/"]
+    # All files are our own here, yet a build is to find the same rights everywhere.
+    return ["--ro-bind", ROOT, "/", *(word for name in WRITABLE for word in ("--bind", f"{ROOT}/{name}", f"/{name}"))]
+
+
+def sandbox_arguments(begin, user, command, status_descriptor):
     """The command line of bubblewrap for one step."""
     environment = {
         "PATH": PATH,
@@ -26,16 +38,19 @@ def sandbox_arguments(begin, root, command, status_descriptor):
     }
     return [
         *(BWRAP, "--unshare-all", "--die-with-parent", "--new-session", "--json-status-fd", str(status_descriptor)),
+        *(["--share-net"] if begin["network"] else []),
+        # Where we are no root but in a user namespace we have capabilities, which are not the build's.
+        *("--uid", str(USER), "--gid", str(GROUP), "--cap-drop", "ALL"),
         # The one name that every environment's /etc/hosts knows.
         *("--hostname", "localhost"),
-        *("--bind", root, "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/dev/shm"),
+        *(*root_arguments(user), "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/dev/shm"),
         *("--chdir", begin["directory"], "--clearenv"),
         *(word for name, value in environment.items() for word in ("--setenv", name, value)),
         *("--", "/bin/sh", "-e", "-c", command),
     ]
 
 
-def start_step(begin, root, command, log, status):
+def start_step(kernel, begin, user, command, log, status):
     """Start bubblewrap with the descriptor `log` as its output; the process."""
     child = os.fork()
     if child:
@@ -51,10 +66,12 @@ def start_step(begin, root, command, log, status):
         # Python ignores these two; `yes | head` relies on them.
         _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
         _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)
-        become_user()
+        if begin["personality"] == "linux32":
+            kernel.pretend_32_bit()
+        become_user(user)
         os.chdir("/")
-        os.execve(BWRAP, sandbox_arguments(begin, root, command, status), {})  # noqa: S606
-    except OSError as exc:
+        os.execve(BWRAP, sandbox_arguments(begin, user, command, status), {})  # noqa: S606
+    except (OSError, Trouble) as exc:
         os.write(2, os.fsencode(f"{BWRAP}: {exc}\n"))
     finally:
         os._exit(127)
@@ -94,11 +111,11 @@ def copy_log(log, child):
             poll.unregister(log)
 
 
-def run_step(begin, root, command):
+def run_step(kernel, begin, user, command):
     """The exit status of one step; afterwards none of its processes is left."""
     log, log_end = os.pipe()
     status, status_end = os.pipe()
-    child = start_step(begin, root, command, log_end, status_end)
+    child = start_step(kernel, begin, user, command, log_end, status_end)
     os.close(log_end)
     os.close(status_end)
     copy_log(log, child)
@@ -115,21 +132,25 @@ def run_step(begin, root, command):
     return code if code >= 0 else 128 - code
 
 
-def run_steps(begin, root):
+def run_steps(kernel, begin, user):
     """Run the steps up to the first that fails: (its exit status or 0, number of the last step that ran)."""
     count = len(begin["steps"])
     for index, command in enumerate(begin["steps"], 1):
         send_event("step", index=index, count=count, command=command)
-        status = run_step(begin, root, command)
+        status = run_step(kernel, begin, user, command)
         if status:
             return status, index
     return 0, count
+
+
+# What names the model, on x86, MIPS, POWER, 64-bit ARM (ARM's number of the part), RISC-V, IBM Z.
+CPU_FIELDS = ("model name", "Model", "cpu model", "cpu", "CPU part", "isa", "processor 0")
 
 
 def cpu_model():
     with open("/proc/cpuinfo") as file:
         for line in file:
             name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Model", "cpu model"):
+            if name.strip() in CPU_FIELDS:
                 return value.strip()
     return ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from offload_cli.complete import machine_names
+from offload_cli.complete import vm_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import machine_text, machines_table, short_path
 from offload_cli.terminal import clean, print_json, print_text, say
@@ -22,25 +22,25 @@ from offloadd.model.quantity import format_duration
 if TYPE_CHECKING:
     from offloadd.client import Client
 
-app = typer.Typer(help="The machines.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="The virtual machines.", no_args_is_help=True, rich_markup_mode=None)
 
-_NAME = typer.Argument(metavar="NAME", callback=known_form, autocompletion=machine_names, help="The machine's name.")
+_NAME = typer.Argument(metavar="NAME", callback=known_form, autocompletion=vm_names, help="The machine's name.")
 
 
 @app.command("list")
 def list_(as_json: bool = json_option()) -> None:
-    """List the machines.
+    """List the virtual machines.
 
     \b
     Example:
       offload vm list
     """
     with open_client() as client:
-        rows = client.get("/v1/machines")
+        rows = client.get("/v1/machines", vms=True)
     if as_json:
         print_json(rows)
     else:
-        print_text(machines_table(rows, time.time()) if rows else "No machines are declared.")
+        print_text(machines_table(rows, time.time()) if rows else "No virtual machines are declared.")
 
 
 @app.command()
@@ -105,7 +105,9 @@ def show(name: str = _NAME, as_json: bool = json_option()) -> None:
 def _machine(name: str) -> dict[str, Any]:
     with open_client() as client:
         machine: dict[str, Any] = client.get(f"/v1/machines/{name}")
-        return machine
+    if "instance" not in machine:
+        raise UsageError("is no virtual machine", subject=name, hint=f"offload machine show {name}")
+    return machine
 
 
 @app.command()

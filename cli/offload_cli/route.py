@@ -1,0 +1,81 @@
+"""`offload route`, and how a decision of the router looks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from offload_cli.complete import machine_names, system_names
+from offload_cli.connection import open_client
+from offload_cli.request import Changes, make_request
+from offload_cli.show import table
+from offload_cli.target import DebianOptions, Target, find_target
+from offload_cli.terminal import one_line, print_json, print_text
+from offload_cli.words import json_option
+from offloadd.errors import NoMachineError
+
+
+def route(
+    system: str = typer.Argument(metavar="SYSTEM", autocompletion=system_names, help="x86_64-linux, arm64, i686-linux-gnu ..."),
+    what: str | None = typer.Argument(None, metavar="[WHAT]", help="A directory with an offload.yaml, or a Debian package."),
+    date: str | None = typer.Option(None, metavar="DATE", help="As for offload build."),
+    cpu: str | None = typer.Option(None, metavar="MODEL", help="As for offload build."),
+    kernel: str | None = typer.Option(None, metavar="VERSION", help="What the kernel's version must begin with."),
+    machine: str | None = typer.Option(None, metavar="NAME", autocompletion=machine_names, help="Only this machine."),
+    prefer: list[str] = typer.Option([], metavar="NAME", help="A machine or kind to take first; repeatable."),
+    feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
+    network: bool = typer.Option(False, "--network", help="The build needs the network."),
+    as_json: bool = json_option(),
+) -> None:
+    """Show which machine a build would go to, and why no other.  Nothing is built.
+
+    \b
+    Examples:
+      offload route aarch64-linux
+      offload route x86_64-linux --date 2020-01-01
+      offload route i586-gnu hello --json
+    """
+    requirements: dict[str, Any] = {"features": tuple(feature), "network": network or None, "kernel": kernel}
+    changes = Changes(requirements={name: value for name, value in requirements.items() if value})
+    target = _any_target(changes) if what is None else find_target(what, changes, DebianOptions())
+    options = {"system": system, "date": date, "cpu": cpu, "machine": machine, "prefer": tuple(prefer)}
+    request = make_request(target.work, options)
+    with open_client() as client:
+        decision = client.post("/v1/route", request.to_json())
+    show_decision(decision, as_json=as_json)
+
+
+def _any_target(changes: Changes) -> Target:
+    from offloadd.model.recipe import BuildRecipe
+
+    return Target(work=BuildRecipe.model_validate({"name": "any", "steps": ("true",), **changes.requirements}))
+
+
+def show_decision(decision: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print it.
+
+    Raises:
+        typer.Exit: with the status of `NoMachineError` when no machine can.
+    """
+    if as_json:
+        print_json(decision)
+    else:
+        print_text(decision_table(decision))
+    if decision["machine"] is None:
+        raise typer.Exit(NoMachineError.exit_status)
+
+
+def decision_table(decision: Mapping[str, Any]) -> str:
+    """The candidates, best first, then those that were passed over, with the reasons."""
+    rows = [
+        [str(rank), candidate["machine"], candidate["kind"], candidate["why"]]
+        for rank, candidate in enumerate(decision["candidates"], 1)
+    ]
+    rows += [
+        ["-", name, decision.get("kinds", {}).get(name, ""), f"no: {why}"] for name, why in decision["passed_over"].items()
+    ]
+    chosen = decision["machine"]
+    first = f"{decision['system']}: {chosen}" if chosen else f"{decision['system']}: no machine can do this build"
+    return "\n".join([one_line(first), table(["RANK", "MACHINE", "KIND", "WHY"], rows)] if rows else [one_line(first)])

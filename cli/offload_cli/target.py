@@ -1,0 +1,109 @@
+"""What is to be built, from the word on the command line: a directory, a Debian package, a .dsc."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload_cli.request import Changes, check_directory, checked, find_recipe
+from offloadd.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from offloadd.model.recipe import BuildRecipe, DebianBuild
+
+_PACKAGE = re.compile(r"(?:debian:)?([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9.+:~-]+))?")
+_NAMES = {"build-options": "--build-option", "check": "--no-check", "package": "the package"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebianOptions:
+    """Options that only make sense for Debian packages."""
+
+    build_options: tuple[str, ...] = ()
+    check: bool = True
+
+    def given(self) -> list[str]:
+        """Their names, as far as they were given."""
+        return ["--build-option"] * bool(self.build_options) + ["--no-check"] * (not self.check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is built, and what of it is sent."""
+
+    work: BuildRecipe | DebianBuild
+    directory: Path | None = None
+    """The directory that is sent."""
+    files: tuple[Path, ...] = ()
+    """The files that are sent, where it is no directory."""
+    name: str = field(default="")
+    """For the directory of the result."""
+
+    def pieces(self, exclude: Collection[Path]) -> Iterator[bytes]:
+        """The source as a tar, in pieces."""
+        from offloadd.builder.source import pack_files, pack_source
+
+        return pack_files(self.files) if self.directory is None else pack_source(self.directory, exclude=exclude)
+
+    @property
+    def source(self) -> Path:
+        """Where the source is, which no result may replace."""
+        return self.directory or (self.files[0].parent if self.files else Path("/"))
+
+
+def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Target:
+    """What `word` means: nothing for the current directory, a directory, `NAME[=VERSION]`, a .dsc file.
+
+    A directory comes before a package of the same name; `debian:NAME` is always the package.
+
+    Raises:
+        NotFoundError, ConfigError, UsageError: it is none of these, or something about it is wrong.
+    """
+    path = Path(word or ".")
+    if word is not None and word.endswith(".dsc") and not path.is_dir():
+        return _dsc(path, changes, debian)
+    match = _PACKAGE.fullmatch(word or "")
+    if match and not path.is_dir():
+        return _package(match[1], match[2], changes, debian)
+    if given := debian.given():
+        raise UsageError(f"{given[0]} is for Debian packages", subject=str(path))
+    recipe = find_recipe(check_directory(path), changes)
+    return Target(work=recipe, directory=check_directory(path), name=f"{recipe.name}-{recipe.version}")
+
+
+def _package(name: str, version: str | None, changes: Changes, debian: DebianOptions) -> Target:
+    work = _debian({"package": name, "version": version}, name, changes, debian)
+    return Target(work=work, name=f"{name}-{_plain(version)}" if version else name)
+
+
+def _dsc(path: Path, changes: Changes, debian: DebianOptions) -> Target:
+    from offloadd.builder.dsc import MAX_DSC_BYTES, parse_dsc
+
+    try:
+        with path.open("rb") as file:
+            dsc = parse_dsc(file.read(MAX_DSC_BYTES + 1), str(path))
+    except OSError as exc:
+        raise NotFoundError(f"cannot be read: {exc.strerror}", subject=str(path)) from exc
+    files = (path, *(path.parent / file.name for file in dsc.files))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise NotFoundError(f"needs {', '.join(missing)} beside it", subject=str(path), hint="dget, or apt-get source")
+    work = _debian({"package": dsc.source, "version": dsc.version, "dsc": path.name}, str(path), changes, debian)
+    return Target(work=work, files=tuple(file.resolve() for file in files), name=f"{dsc.source}-{dsc.version_without_epoch}")
+
+
+def _debian(values: dict[str, Any], subject: str, changes: Changes, debian: DebianOptions) -> DebianBuild:
+    from offloadd.model.recipe import DebianBuild
+
+    for wrong, name in ((changes.command, "a command"), (changes.packages, "--package"), (changes.outputs, "--output")):
+        if wrong:
+            raise UsageError(f"{name} is for a directory, not for a Debian package", subject=subject)
+    values |= {"build-options": debian.build_options, "check": debian.check, **changes.requirements}
+    return checked(DebianBuild, {key: value for key, value in values.items() if value is not None}, _NAMES)
+
+
+def _plain(version: str) -> str:
+    """A version without its epoch, as in file names."""
+    return version.partition(":")[2] or version

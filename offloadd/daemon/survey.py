@@ -1,0 +1,171 @@
+"""What is known of all machines now: what the router decides by, and what `offload machine list` shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from offloadd.binfmt.status import find_usable, read_status
+from offloadd.breaker import Breaker
+from offloadd.daemon.machines import Machines
+from offloadd.daemon.probes import Probes
+from offloadd.daemon.slots import Slots
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import HostError, NotAllowedError, OffloadError
+from offloadd.host import native_systems, systems_of
+from offloadd.model.machine import BinfmtMachine, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.state import MachineMode
+from offloadd.model.system import SYSTEMS
+from offloadd.place.far_side import BWRAP, measure
+from offloadd.plan.machine import default_qemu
+from offloadd.route import Emulation, MachineFacts
+from offloadd.vm.accelerator import known_accelerator
+
+
+class Survey:
+    """Looks at machines."""
+
+    def __init__(self, workshop: Workshop, machines: Machines, slots: Slots) -> None:
+        self._workshop = workshop
+        self._machines = machines
+        self._slots = slots
+        self.probes = Probes(workshop.bridge)
+
+    async def facts(self, machines: Mapping[str, Machine]) -> dict[str, MachineFacts]:
+        """What is known of each; remote hosts are asked side by side, in bounded time, unless they are to be left alone."""
+        here = await trio.to_thread.run_sync(self._look_here)
+        found: dict[str, MachineFacts] = {}
+
+        async def look(name: str, machine: Machine) -> None:
+            found[name] = MachineFacts(**await self._facts(machine, here), **self._counts(name))
+
+        async with trio.open_nursery() as nursery:
+            for name, machine in machines.items():
+                nursery.start_soon(look, name, machine)
+        return {name: found[name] for name in machines}
+
+    def set_mode(self, name: str, mode: MachineMode) -> None:
+        """Let a machine do more or less; one that may do all again starts without what it failed before."""
+        database = self._workshop.database
+        database.set_machine_mode(name, mode)
+        if mode is MachineMode.ONLINE:
+            database.store_breaker(name, Breaker())
+        self.probes.forget(name)
+        self._slots.wake_all()
+
+    def check_online(self, name: str) -> None:
+        """Raise `NotAllowedError` when the machine is offline: nobody is to talk to it."""
+        if self._workshop.database.machine_mode(name) is MachineMode.OFFLINE:
+            raise NotAllowedError("is offline", subject=name, hint=f"offload machine resume {name}")
+
+    def _look_here(self) -> dict[str, Any]:
+        """What this host has to spare, and its environments."""
+        measured = measure(str(self._workshop.paths.state))
+        return {
+            "load": measured["load"] / measured["cores"],
+            "memory_mib": measured["memory_mib"],
+            "disk_free": measured["disk_free"],
+            "kernel": os.uname().release,
+            "environments": self._workshop.environments.digests(),
+        }
+
+    def _counts(self, name: str) -> dict[str, Any]:
+        """What the daemon keeps of any machine."""
+        database = self._workshop.database
+        return {"mode": database.machine_mode(name), "breaker": database.breaker(name), "busy": self._slots.busy(name)}
+
+    async def _facts(self, machine: Machine, here: dict[str, Any]) -> dict[str, Any]:
+        """What depends on the machine's kind."""
+        match machine:
+            case LocalMachine():
+                return {**here, **_local_facts(machine), "running": True}
+            case BinfmtMachine():
+                return {**here, **await trio.to_thread.run_sync(_binfmt_facts, machine), "running": True}
+            case VmMachine():
+                return {**here, **await self._vm_facts(machine, here)}
+            case SshMachine():
+                return await self._ssh_facts(machine)
+        raise TypeError(f"no survey knows the kind {machine.kind}")
+
+    async def _vm_facts(self, machine: VmMachine, here: dict[str, Any]) -> dict[str, Any]:
+        binary = default_qemu(machine)
+        path = shutil.which(binary)
+        kvm = path is not None and not isinstance(machine, EmulatedVm) and self._has_kvm(path)
+        return {
+            "systems": machine.systems,
+            "emulation": Emulation.NONE if kvm else Emulation.FULL,
+            "fault": "" if path else f"{binary} is not installed",
+            "running": self._machines.find(machine.name) is not None,
+            "memory_mib": machine.memory_size,
+            **await self._image_facts(machine.image, here["disk_free"]),
+        }
+
+    def _has_kvm(self, qemu: str) -> bool:
+        return known_accelerator(Path(qemu).resolve(), self._workshop.paths.state / "accelerator.json") == "kvm"
+
+    async def _image_facts(self, name: str, disk_free: int) -> dict[str, Any]:
+        """The kernel's version when the image is built, and what its disk can take of the `disk_free` bytes here."""
+        shop = self._workshop
+        try:
+            library = shop.library()
+            recipe = library.image(name)
+            image = shop.images.find(await shop.images.digest(recipe, library.folders[name]))
+        except OffloadError:  # damaged, or without its recipe: whoever boots it is told
+            return {"kernel": ""}
+        return {"kernel": image.kernel_version if image else "", "disk_free": min(disk_free, recipe.size)}
+
+    async def _ssh_facts(self, machine: SshMachine) -> dict[str, Any]:
+        database, now = self._workshop.database, time.time()
+        facts: dict[str, Any] = {"systems": machine.systems, "running": True}
+        offline = database.machine_mode(machine.name) is MachineMode.OFFLINE
+        if offline or database.breaker(machine.name).state(now) == "open":
+            return facts
+        answer = await self.probes.ask(machine)
+        if isinstance(answer, OffloadError):
+            return facts | {"fault": answer.what}
+        native = systems_of(answer.machine)
+        emulated = bool(native) and not set(native) & set(machine.systems)
+        return facts | {
+            "emulation": Emulation.USER if emulated else Emulation.NONE,
+            "fault": answer.fault,
+            "load": answer.load,
+            "memory_mib": answer.memory_mib,
+            "disk_free": answer.disk_free,
+            "kernel": answer.kernel,
+        }
+
+
+def _local_facts(machine: LocalMachine) -> dict[str, Any]:
+    native = native_systems()
+    foreign = {system: f"this host's processor ({os.uname().machine}) does not run it" for system in machine.systems}
+    return {
+        "systems": machine.systems or native,
+        "missing": {system: why for system, why in foreign.items() if system not in native},
+        "fault": _sandbox_fault(),
+    }
+
+
+def _binfmt_facts(machine: BinfmtMachine) -> dict[str, Any]:
+    native = native_systems()
+    systems = machine.systems or tuple(name for name, system in SYSTEMS.items() if system.user and name not in native)
+    try:
+        missing = find_usable(read_status(), native).missing
+    except HostError as exc:
+        return {"systems": systems, "emulation": Emulation.USER, "fault": str(exc)}
+    reasons = {system: missing.get(system, "this host runs it by itself" if system in native else "") for system in systems}
+    return {
+        "systems": systems,
+        "emulation": Emulation.USER,
+        "missing": {system: why for system, why in reasons.items() if why},
+        "fault": _sandbox_fault(),
+    }
+
+
+def _sandbox_fault() -> str:
+    return "" if os.access(BWRAP, os.X_OK) else "bubblewrap is not installed: apt-get install bubblewrap"

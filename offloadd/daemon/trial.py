@@ -1,0 +1,316 @@
+"""`offload machine test`: a machine is tried for real, as `guix offload test` does.
+
+Each check is told as soon as it is done.  The last one is a build, which goes the way of all builds.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from offloadd.binfmt.status import Status, find_fault, find_usable, read_status
+from offloadd.builder.outputs import open_outputs_receiver
+from offloadd.builder.run import Job, Report, run_build
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import HostError, OffloadError, ProtocolError
+from offloadd.guest.open import open_guest
+from offloadd.guest.ssh import Guest, open_remote
+from offloadd.host import native_systems, systems_of
+from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.quantity import format_date, format_duration, format_size
+from offloadd.model.system import SYSTEMS
+from offloadd.place.local import LocalService
+from offloadd.place.place import Place
+from offloadd.place.probe import EXCHANGED, Probe, exchange_file, format_offset, probe_local, probe_ssh
+from offloadd.place.remote import RemoteService
+from offloadd.place.vm import GuestService
+from offloadd.plan.machine import plan_for_build
+from offloadd.process import Progress, host_error
+from offloadd.vm.instance import open_instance
+
+BUILD_S = 600.0
+"""For the build of a trial, which takes a fraction of a second unless all is emulated."""
+
+EMULATOR_S = 10.0
+"""For an emulator to name its version."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    text: str
+    """What was found, or why it failed."""
+    took_s: float
+    detail: str = ""
+    hint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+
+class _Stopped(Exception):
+    """A check failed without which the others make no sense."""
+
+
+class Trial:
+    """One machine's trial.
+
+    Args:
+        tell: is called with each check when it is done.
+    """
+
+    def __init__(self, machine: Machine, shop: Workshop, progress: Progress, tell: Callable[[Check], None]) -> None:
+        self.checks: list[Check] = []
+        self._machine = machine
+        self._shop = shop
+        self._progress = progress
+        self._tell = tell
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    async def run(self) -> None:
+        """Try everything; what fails is in `checks`."""
+        machine = self._machine
+        try:
+            match machine:
+                case LocalMachine():
+                    await self._try_local()
+                case BinfmtMachine():
+                    await self._try_binfmt(machine)
+                case VmMachine():
+                    await self._try_vm(machine)
+                case SshMachine():
+                    await self._try_ssh(machine)
+        except _Stopped:
+            pass
+
+    async def _check(self, name: str, work: Callable[[], Awaitable[T]], words: Callable[[T], str]) -> T:
+        """One check; `_Stopped` when it fails."""
+        self._progress(name, None)
+        began = trio.current_time()
+        try:
+            found = await work()
+            self._add(Check(name=name, ok=True, text=words(found), took_s=trio.current_time() - began))
+        except (OffloadError, OSError) as exc:
+            error = host_error(exc, "", self._shop.paths.state) if isinstance(exc, OSError) else exc
+            took = trio.current_time() - began
+            self._add(Check(name=name, ok=False, text=error.what, took_s=took, detail=error.detail, hint=error.hint))
+            raise _Stopped from exc
+        return found
+
+    def _add(self, check: Check) -> None:
+        self.checks.append(check)
+        self._tell(check)
+
+    def _note(self, name: str, text: str, fault: str = "", hint: str = "") -> None:
+        self._add(Check(name=name, ok=not fault, text=fault or text, took_s=0.0, hint=hint if fault else ""))
+
+    async def _try_ssh(self, machine: SshMachine) -> None:
+        async with AsyncExitStack() as stack:
+            opened = open_remote(self._shop.bridge, machine)
+            where = f"{machine.user}@{machine.host}:{machine.port}"
+            guest = await self._check("reach it", lambda: stack.enter_async_context(opened), lambda _: where)
+            probe = await self._try_shell(guest)
+            self._note_clock(probe, time.time())
+            self._note_probe(probe)
+            self._note_systems(machine, probe)
+            hint = "install bubblewrap there; its users must be allowed to make user namespaces"
+            self._note("sandbox", "bubblewrap works", probe.sandbox, hint)
+            if not probe.sandbox:
+                await self._try_build(Place(service=RemoteService(guest), environment=None, clock=time.time))
+
+    async def _try_vm(self, machine: VmMachine) -> None:
+        shop = self._shop
+        instance_name = f"test-{secrets.token_hex(4)}"
+        plan = await self._check(
+            "prepare it", lambda: shop.plan(machine, shop.library(), self._progress), lambda plan: f"image {plan.boot.image}"
+        )
+        plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
+        logs = shop.paths.logs / "tests" / machine.name
+        async with AsyncExitStack() as stack:
+            cores = stack.enter_context(shop.cores.share(plan.cpu_count))
+
+            async def boot() -> Guest:
+                opened = open_instance(
+                    plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose="build"
+                )
+                instance = await stack.enter_async_context(opened)
+                began.append(instance.record.began)
+                guest = open_guest(instance, shop.secrets(machine), shop.bridge, lambda text: self._progress(text, None))
+                return await stack.enter_async_context(guest)
+
+            began: list[float] = []
+            words = f"{plan.cpu}, {plan.qemu.accelerator.upper()}, {format_date(plan.date)}"
+            guest = await self._check("boot it", boot, lambda _: words)
+
+            def clock() -> float:
+                return plan.date.timestamp() + time.time() - began[0]
+
+            probe = await self._try_shell(guest, clock)
+            self._note_clock(probe, clock())
+            self._note_probe(probe)
+            await self._try_build(Place(service=GuestService(guest), environment=None, clock=clock))
+
+    async def _try_shell(self, guest: Guest, clock: Callable[[], float] | None = None) -> Probe:
+        """A command, and a file there and back."""
+        name = self._machine.name
+
+        def words(probe: Probe) -> str:
+            return f"Linux {probe.kernel} on {probe.machine}, Python {probe.python}"
+
+        probe = await self._check("run a command", lambda: probe_ssh(guest, name, clock or time.time), words)
+        size = format_size(EXCHANGED)
+        await self._check("send a file and get it back", lambda: exchange_file(guest, name), lambda _: size)
+        return probe
+
+    def _note_clock(self, probe: Probe, expected: float) -> None:
+        """One that is off is a failure, for no build would be started."""
+        shown = format_date(datetime.fromtimestamp(expected + probe.clock_offset_s, UTC))
+        hint = "a clock that is off by more than two minutes is not built by"
+        self._note("clock", f"{shown}, {format_offset(probe.clock_offset_s)}", probe.clock_fault, hint)
+
+    def _note_systems(self, machine: SshMachine, probe: Probe) -> None:
+        """Whether its file says the truth; what it does not run by itself it may emulate."""
+        foreign = [system for system in machine.systems if system not in systems_of(probe.machine)]
+        words = f"{', '.join(foreign)}: not what {probe.machine} runs by itself; emulation must be set up there"
+        self._note("systems", words if foreign else ", ".join(machine.systems))
+
+    def _note_probe(self, probe: Probe) -> None:
+        """Load, memory and disk."""
+        threshold = self._machine.overload_threshold
+        over = f", over its threshold {threshold:g}: taken last" if threshold is not None and probe.load > threshold else ""
+        self._note("load", f"{probe.load:.2f} for each of {probe.cores} {'core' if probe.cores == 1 else 'cores'}{over}")
+        self._note("memory", f"{format_size(probe.memory_mib << 20)} available")
+        self._note("disk", f"{format_size(probe.disk_free)} free")
+
+    async def _look_here(self) -> None:
+        async def look() -> Probe:
+            return await trio.to_thread.run_sync(probe_local, self._shop.paths.state)
+
+        probe = await self._check("look at this host", look, lambda probe: f"Linux {probe.kernel} on {probe.machine}")
+        self._note_probe(probe)
+        self._note("sandbox", "bubblewrap works", probe.sandbox, "offload doctor")
+        if probe.sandbox:
+            raise _Stopped
+
+    async def _try_local(self) -> None:
+        await self._look_here()
+        service = LocalService(self._shop.paths.state / "work")
+        await self._try_build(Place(service=service, environment=None, clock=time.time))
+
+    async def _try_binfmt(self, machine: BinfmtMachine) -> None:
+        await self._look_here()
+        status, native = read_status(), native_systems()
+        wanted = machine.systems or find_usable(status, native).systems
+        if not wanted:
+            self._note("registered", "", "nothing is registered", "offload binfmt register")
+        for name in wanted:
+            with suppress(_Stopped):
+                await self._check(name, partial(_try_emulator, status, name), str)
+
+    async def _try_build(self, place: Place) -> None:
+        """A build that gives back what it was sent."""
+
+        def words(report: Report) -> str:
+            kernel = str(report.started.get("kernel", ""))[:100]
+            return f"succeeded on Linux {kernel} in {format_duration(report.duration_s)}"
+
+        await self._check("build", lambda: self._build(place), words)
+
+    async def _build(self, place: Place) -> Report:
+        sent = os.urandom(EXCHANGED)
+        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._shop.paths.state) as name:
+            folder = Path(name)
+            _write_source(folder / "source.tar", sent, int(place.clock()))
+            job = Job(
+                build=f"test-{secrets.token_hex(4)}",
+                name="trial-0",
+                steps=("cp sent back",),
+                env={},
+                outputs=("back",),
+                source=folder / "source.tar",
+                environment=place.environment,
+                set_clock=None,
+                expected_clock=place.clock,
+                timeout_s=BUILD_S,
+                max_silent_s=BUILD_S,
+                keep_failed=False,
+            )
+            listener = _Listener()
+            with open_outputs_receiver(folder / "outputs.tar") as outputs:
+                report = await run_build(place.service, job, outputs, listener)
+            if report.exit_status:
+                raise HostError(f"a build ended with exit status {report.exit_status}", detail=listener.text)
+            if _read_output(folder / "outputs.tar") != sent:
+                raise ProtocolError("a build gave back something else than it was sent")
+            return report
+
+
+def _write_source(path: Path, content: bytes, moment: int) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        member = tarfile.TarInfo("sent")
+        member.size, member.mtime = len(content), moment
+        tar.addfile(member, io.BytesIO(content))
+
+
+def _read_output(path: Path) -> bytes:
+    """The file `back`: the receiver has checked what kind of members there are."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isreg() and member.name == "back" else None
+            if file is not None:
+                return file.read(EXCHANGED + 1)
+    return b""
+
+
+async def _try_emulator(status: Status, system: str) -> str:
+    """What the emulator of a system type says of itself.
+
+    Raises:
+        HostError: it is not registered, or does not run.
+    """
+    entry = status.find(system)
+    if fault := find_fault(status, SYSTEMS[system]):
+        raise HostError(fault)
+    assert entry is not None
+    try:
+        with trio.fail_after(EMULATOR_S):
+            done = await trio.run_process([entry.interpreter, "--version"], capture_stdout=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError, trio.TooSlowError) as exc:
+        raise HostError(f"{entry.interpreter} does not run: {exc}") from exc
+    lines = done.stdout.decode(errors="replace").splitlines()
+    return f"{entry.interpreter}: {lines[0] if lines else '?'}"
+
+
+class _Listener:
+    """Keeps the end of what the build says."""
+
+    text = ""
+
+    def started(self, report: Report) -> None: ...
+    def step(self, index: int, count: int, command: str) -> None: ...
+    def collecting(self) -> None: ...
+
+    def log(self, text: str) -> None:
+        self.text = (self.text + text)[-4096:]

@@ -1,0 +1,83 @@
+"""What a machine of each architecture looks like in QEMU.
+
+Sources: QEMU's manual ("System Emulator Targets") for machines, their consoles and clocks, and its hw/ where that is silent:
+`-rtc` reaches the guest through the MC146818 (pc), the PL031 (Arm), the Goldfish RTC (RISC-V), RTAS (pseries), and, under
+TCG, the TOD clock (s390x; hw/s390x/tod-tcg.c).  Linux' admin-guide/devices.txt has the consoles' names.  Each of these has
+booted Debian's own kernel; a target that has not is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from offloadd.errors import NoMachineError
+from offloadd.model.system import SYSTEMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One of QEMU's full-system targets, as offload uses it."""
+
+    machine: str
+    """QEMU's machine type with its properties."""
+    console: str
+    """The kernel's name of the first serial port."""
+    bus: Literal["pci", "ccw"] = "pci"
+    """Where virtio devices are."""
+    scsi: bool = True
+    """Disks come and go on a virtio-scsi bus, which is the same everywhere.
+
+    PCI's hot-plug wants ports set aside for it (virt) or a daemon in the guest (pseries); on pc the firmware does it all.
+    """
+    power_button: bool = True
+    """Whether QEMU's `system_powerdown` reaches the guest."""
+    devices: tuple[str, ...] = ()
+    kernel: str = ""
+    """Further words for the kernel."""
+
+    def device(self, kind: str, properties: str) -> list[str]:
+        """The arguments for a virtio device of that kind, `blk` or `net`."""
+        return ["-device", f"virtio-{kind}-{self.bus},{properties}"]
+
+    def hot_disk(self) -> dict[str, str]:
+        """What `device_add` is told about a disk that is plugged in while the guest runs."""
+        return {"driver": "scsi-hd", "bus": "hot.0"} if self.scsi else {"driver": f"virtio-blk-{self.bus}"}
+
+
+TARGETS: dict[str, Target] = {
+    # pc starts faster than q35 and takes hot-plugged disks through ACPI without ports set aside for them.
+    # No calibrations of hardware that is not there.
+    "x86_64": Target(
+        machine="pc",
+        console="ttyS0",
+        scsi=False,
+        devices=("pvpanic-pci",),
+        kernel="tsc=reliable no_timer_check 8250.nr_uarts=1",
+    ),
+    # Without firmware there is no ACPI, and Debian's cloud kernel has no driver for the button of the device tree.
+    # The default interrupt controller holds 8 processors.
+    "aarch64": Target(machine="virt,gic-version=max", console="ttyAMA0", power_button=False),
+    "arm": Target(machine="virt,gic-version=max", console="ttyAMA0"),
+    # x-vof replaces a firmware that takes 6 s to do nothing for us; the capabilities are those that TCG does not have.
+    "ppc64": Target(
+        machine="pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+        console="hvc0",
+    ),
+    "riscv64": Target(machine="virt", console="ttyS0", power_button=False),
+    "s390x": Target(machine="s390-ccw-virtio", console="ttysclp0", bus="ccw"),
+}
+"""By QEMU's name of the target, as in `System.qemu`."""
+
+
+def find_target(system: str) -> Target:
+    """The machine for guests of type `system`.
+
+    Raises:
+        NoMachineError: there is none.
+    """
+    found = TARGETS.get(SYSTEMS[system].qemu)
+    if found is None:
+        known = ", ".join(name for name, other in SYSTEMS.items() if other.kernel == "linux" and other.qemu in TARGETS)
+        raise NoMachineError(f"offload has no virtual machine for {system}", hint=f"it has for {known}")
+    return found

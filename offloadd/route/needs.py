@@ -1,0 +1,81 @@
+"""What the router is told: what a build needs, and what is known of each machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum
+
+from offloadd.breaker import Breaker
+from offloadd.model.state import MachineMode
+
+
+class Emulation(IntEnum):
+    """How far a machine is from running the build's instructions itself; less is faster."""
+
+    NONE = 0
+    """Native; a VM with KVM is."""
+    USER = 1
+    """qemu-user: each process is emulated, the kernel is the host's."""
+    FULL = 2
+    """A whole machine is emulated, kernel and all."""
+
+    @property
+    def label(self) -> str:
+        return ("native", "user emulation", "full emulation")[self]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What one build asks of its machine."""
+
+    system: str
+    name: str
+    """Of what is built; for messages."""
+    date: datetime | None = None
+    """In UTC; None: the machine's own will do."""
+    cpu: str | None = None
+    kernel: str | None = None
+    """What the kernel's version begins with."""
+    features: frozenset[str] = frozenset()
+    network: bool = False
+    memory_mib: int | None = None
+    disk: int | None = None
+    """Bytes."""
+    environment: str = ""
+    """Digest; empty when it is not known."""
+    machine: str | None = None
+    """Nobody else may take it."""
+    prefer: tuple[str, ...] = ()
+    """Names or kinds of machines that are taken first of those that can, in this order."""
+    quirk: str = ""
+    """Why user emulation is not to be tried; empty when it may be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineFacts:
+    """What is known of one machine now."""
+
+    systems: tuple[str, ...]
+    """Declared or found: what it builds when all is well."""
+    emulation: Emulation = Emulation.NONE
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """System type -> why it cannot be built just now."""
+    fault: str = ""
+    """Why the machine cannot be used at all."""
+    mode: MachineMode = MachineMode.ONLINE
+    breaker: Breaker = Breaker()  # noqa: RUF009 - frozen
+    running: bool = False
+    """Whether a build can begin without a boot."""
+    busy: int = 0
+    """Slots taken, with the builds that wait for one."""
+    load: float | None = None
+    """For each core."""
+    memory_mib: int | None = None
+    disk_free: int | None = None
+    """Bytes."""
+    environments: frozenset[str] = frozenset()
+    """Digests of those that it has."""
+    kernel: str = ""
+    """Version; empty when it is not known."""

@@ -1,0 +1,124 @@
+"""What the word on the command line means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offload_cli.build import _systems
+from offload_cli.request import Changes
+from offload_cli.route import decision_table
+from offload_cli.target import DebianOptions, find_target
+from offloadd.errors import NotFoundError, OffloadError, UsageError
+from offloadd.model.recipe import BuildRecipe, DebianBuild
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def project(folder: Path, text: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "offload.yaml").write_text(f"name: thing\nversion: '2'\nsteps: ['true']\n{text}")
+
+
+def test_nothing_is_the_current_directory(here: Path) -> None:
+    project(here)
+    target = find_target(None, Changes(), DebianOptions())
+    assert (target.directory, target.name) == (here, "thing-2")
+
+
+@pytest.mark.parametrize(
+    ("word", "package", "version", "name"),
+    [
+        ("hello", "hello", None, "hello"),
+        ("hello=2.10-3", "hello", "2.10-3", "hello-2.10-3"),
+        ("g++-12=1:12.2.0-14", "g++-12", "1:12.2.0-14", "g++-12-12.2.0-14"),
+        ("debian:hello", "hello", None, "hello"),
+    ],
+)
+def test_a_package(word: str, package: str, version: str | None, name: str) -> None:
+    target = find_target(word, Changes(), DebianOptions(build_options=("noopt",), check=False))
+    assert isinstance(target.work, DebianBuild)
+    assert (target.work.package, target.work.version, target.name) == (package, version, name)
+    assert (target.work.build_options, target.work.check) == (("noopt",), False)
+    assert target.directory is None
+
+
+def test_a_directory_comes_before_a_package(here: Path) -> None:
+    project(here / "hello")
+    assert isinstance(find_target("hello", Changes(), DebianOptions()).work, BuildRecipe)
+    assert isinstance(find_target("debian:hello", Changes(), DebianOptions()).work, DebianBuild)
+
+
+@pytest.mark.parametrize("word", ["./hello", "some/where", "Hello_World", "/nowhere"])
+def test_what_is_neither(word: str) -> None:
+    with pytest.raises(NotFoundError, match="no such directory"):
+        find_target(word, Changes(), DebianOptions())
+
+
+def test_options_that_do_not_fit(here: Path) -> None:
+    project(here / "dir")
+    with pytest.raises(UsageError, match="--no-check is for Debian packages"):
+        find_target("dir", Changes(), DebianOptions(check=False))
+    with pytest.raises(UsageError, match="a command is for a directory"):
+        find_target("hello", Changes(command=("make",)), DebianOptions())
+    with pytest.raises(UsageError, match="--package is for a directory"):
+        find_target("hello", Changes(packages=("gcc",)), DebianOptions())
+
+
+@pytest.mark.parametrize("option", [("Noopt",), ("a b",), ("x;y",)])
+def test_wrong_build_options(option: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="--build-option"):
+        find_target("hello", Changes(), DebianOptions(build_options=option))
+
+
+def test_a_dsc_that_is_not_there_or_none(here: Path) -> None:
+    with pytest.raises(OffloadError, match=r"x\.dsc"):
+        find_target("x.dsc", Changes(), DebianOptions())
+    (here / "x.dsc").write_text("not one\n")
+    with pytest.raises(OffloadError, match=r"x\.dsc"):
+        find_target("./x.dsc", Changes(), DebianOptions())
+
+
+def test_systems(here: Path) -> None:
+    project(here, "systems: [amd64, arm64]\n")
+    target = find_target(None, Changes(), DebianOptions())
+    assert _systems(target, [], all_systems=False) == [None]
+    assert _systems(target, ["arm64", "aarch64-linux", "i386"], all_systems=False) == ["aarch64-linux", "i686-linux"]
+    assert _systems(target, [], all_systems=True) == ["x86_64-linux", "aarch64-linux"]
+    with pytest.raises(UsageError, match="do not go together"):
+        _systems(target, ["arm64"], all_systems=True)
+    with pytest.raises(UsageError, match="--system: unknown system type 'arm46'"):
+        _systems(target, ["arm46"], all_systems=False)
+    with pytest.raises(UsageError, match="names no systems"):
+        _systems(find_target("hello", Changes(), DebianOptions()), [], all_systems=True)
+
+
+def test_requirements_reach_the_recipe(here: Path) -> None:
+    project(here, "features: [kvm]\n")
+    target = find_target(
+        None, Changes(requirements={"features": ("big",), "network": True, "suite": "trixie"}), DebianOptions()
+    )
+    assert isinstance(target.work, BuildRecipe)
+    assert (target.work.features, target.work.network, target.work.suite) == (("kvm", "big"), True, "trixie")
+
+
+def test_the_decision_as_a_table() -> None:
+    decision = {
+        "system": "aarch64-linux",
+        "machine": "binfmt",
+        "candidates": [{"machine": "binfmt", "kind": "binfmt", "why": "user emulation"}],
+        "passed_over": {"local": "builds x86_64-linux, not aarch64-linux"},
+    }
+    assert decision_table(decision).splitlines() == [
+        "aarch64-linux: binfmt",
+        "RANK  MACHINE  KIND    WHY",
+        "1     binfmt   binfmt  user emulation",
+        "-     local            no: builds x86_64-linux, not aarch64-linux",
+    ]
+    nobody = {**decision, "machine": None, "candidates": []}
+    assert decision_table(nobody).startswith("aarch64-linux: no machine can do this build\n")
