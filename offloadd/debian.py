@@ -102,8 +102,8 @@ def choose_mirrors(suite: str, configured: Sequence[Mirror]) -> tuple[Mirror, ..
 def without_broken(mirrors: Sequence[Mirror], suite: str, said: Iterable[str]) -> tuple[Mirror, ...]:
     """`mirrors` without those of updates and security fixes whose indexes apt could not fetch, from its messages `said`.
 
-    All of them when `suite` itself could not be fetched.  A mirror that is being synchronized has, for some architectures, other
-    indexes than it says: for hours, or for good.
+    All of them when `suite` itself could not be fetched.  A mirror that is being synchronized has other indexes
+    than it says for some architectures: for hours, or for good.
     """
     failed = [line for line in said if _FAILED.match(line)]
     broken = [mirror for mirror in mirrors if any(f" {mirror.uri}/dists/{mirror.suite}/" in line for line in failed)]

@@ -32,6 +32,7 @@ _FULL = re.compile(r"No space left on device|Disk quota exceeded|not enough free
 
 PACKAGES = {
     "bwrap": "bubblewrap",
+    "apt-cache": "apt",
     "apt-config": "apt",
     "apt-get": "apt",
     "mke2fs": "e2fsprogs",

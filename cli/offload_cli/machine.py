@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from typing import Any
 
@@ -13,7 +11,7 @@ from offload_cli.complete import machine_names
 from offload_cli.connection import open_client, patience
 from offload_cli.phases import open_phases
 from offload_cli.show_machine import check_lines, machine_page, machines_page
-from offload_cli.terminal import print_json, print_text, say
+from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import json_option, known_form
 from offloadd.errors import DaemonError, TransientError, error_from_json
 
@@ -38,8 +36,7 @@ def list_(as_json: bool = json_option()) -> None:
     if as_json:
         print_json(rows)
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print_text(machines_page(rows, time.time(), width) if rows else "No machines are declared.")
+        print_text(machines_page(rows, terminal_width()) if rows else "No machines are declared.")
 
 
 @app.command()

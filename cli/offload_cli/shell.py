@@ -21,7 +21,7 @@ def run_shell(argv: Sequence[str]) -> int:
     """Run a program on our standard streams to its end; its exit status."""
     sys.stdout.flush()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _status(subprocess.run(argv, check=False).returncode)
+        return _run_plain(argv)
     child, terminal = pty.fork()
     if not child:
         try:
@@ -36,6 +36,16 @@ def run_shell(argv: Sequence[str]) -> int:
         os.close(terminal)
         _, status = os.waitpid(child, 0)
     return _status(os.waitstatus_to_exitcode(status))
+
+
+def _run_plain(argv: Sequence[str]) -> int:
+    with subprocess.Popen(argv) as process:
+        try:
+            return _status(process.wait())
+        except BaseException:
+            # Killed outright, it would leave what it has made.
+            process.terminate()
+            raise
 
 
 def _status(code: int) -> int:

@@ -31,6 +31,22 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def fitting_table(rows: Sequence[Mapping[str, str]], width: int | None, spared: Sequence[str]) -> str:
+    """A table of rows that name their cells.
+
+    Args:
+        width: of the terminal; None for as wide as it comes.
+        spared: the columns that a narrow terminal goes without, in this order.
+    """
+    heads = list(rows[0]) if rows else []
+    for gone in ("", *spared):
+        heads = [head for head in heads if head != gone]
+        shown = table(heads, ([row[head] for head in heads] for row in rows))
+        if width is None or max(map(len, shown.splitlines())) <= width:
+            break
+    return shown
+
+
 def fields(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """Names and values in two columns, long values in several lines; pairs without a value are left out."""
     kept = [(name, one_line(value, 2000)) for name, value in pairs if value]
@@ -195,14 +211,24 @@ def environments_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
     return table(["DIGEST", "SYSTEM", "SIZE", "MADE", "PACKAGES"], map(row, rows))
 
 
-def machines_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
-    def row(machine: Mapping[str, Any]) -> list[str]:
+def machines_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+    """`offload vm list`; see `fitting_table` for `width`."""
+
+    def row(machine: Mapping[str, Any]) -> dict[str, str]:
         state = f"{machine['state']} ({ago(machine['since'], now)})" if machine.get("since") else str(machine["state"])
         memory = format_size(machine["memory_mib"] * 1024 * 1024)
-        cells = [machine["name"], machine["kind"], state, machine["date"] or "today", machine.get("cpu") or "by date"]
-        return [*cells, str(machine["cpu_count"]), memory, str(machine.get("ssh_port") or "-")]
+        return {
+            "NAME": str(machine["name"]),
+            "KIND": str(machine["kind"]),
+            "STATE": state,
+            "DATE": str(machine["date"] or "today"),
+            "CPU": str(machine.get("cpu") or "by date"),
+            "vCPUs": str(machine["cpu_count"]),
+            "MEMORY": memory,
+            "SSH": str(machine.get("ssh_port") or "-"),
+        }
 
-    return table(["NAME", "KIND", "STATE", "DATE", "CPU", "vCPUs", "MEMORY", "SSH"], map(row, rows))
+    return fitting_table([row(machine) for machine in rows], width, ("vCPUs", "MEMORY", "KIND", "CPU"))
 
 
 def machine_text(machine: Mapping[str, Any], now: float | None = None) -> str:

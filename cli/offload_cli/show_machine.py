@@ -8,42 +8,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from offload_cli.show import ago, moment, table
+from offload_cli.show import ago, fitting_table, moment
 from offload_cli.terminal import clean, one_line
 from offloadd.model.quantity import format_duration, format_size
 
 _WIDTH = 100
 
 
-_SPARED = ("SPEED", "DISK", "LOAD")
-"""Columns that a narrow terminal goes without, in this order."""
-
-
-def machines_page(rows: Sequence[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+def machines_page(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
     """`offload machine list`: a row for each, and below what is wrong with some.
 
     Args:
         width: of the terminal; None for as wide as it comes.
     """
-    all_cells = [_cells(row, now) for row in rows]
-    heads = list(all_cells[0])
-    for spared in ("", *_SPARED):
-        heads = [head for head in heads if head != spared]
-        lines = table(heads, ([cells[head] for head in heads] for cells in all_cells))
-        if width is None or max(map(len, lines.splitlines())) <= width:
-            break
+    lines = fitting_table([_cells(row) for row in rows], width, ("SPEED", "DISK", "LOAD", "KIND"))
     notes = [note for row in rows for note in _notes(row, min(width or _WIDTH, _WIDTH))]
     return "\n".join([lines, *([""] if notes else []), *notes])
 
 
-def _cells(row: Mapping[str, Any], now: float) -> dict[str, str]:
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     load, disk = row.get("load"), row.get("disk_free")
     return {
         "NAME": str(row["name"]),
         "KIND": str(row["kind"]),
         "SYSTEMS": systems_text([name for name in row["systems"] if name not in row["missing"]]),
         "MODE": str(row["mode"]),
-        "STATE": state_text(row, now),
+        "STATE": state_text(row),
         "SLOTS": f"{row['busy']}/{row['slots']}",
         "SPEED": f"{row['speed']:g}",
         "LOAD": "-" if load is None else f"{load:.2f}",
@@ -58,12 +48,12 @@ def systems_text(systems: Sequence[str]) -> str:
     return systems[0] if len(systems) == 1 else f"{systems[0]} +{len(systems) - 1}"
 
 
-def state_text(row: Mapping[str, Any], now: float) -> str:
+def state_text(row: Mapping[str, Any]) -> str:
     """What keeps it from building, else what it is doing."""
     if row["fault"]:
         return "unusable"
-    if (breaker := breaker_text(row["breaker"], now)) != "closed":
-        return breaker
+    if row["breaker"]["state"] != "closed":
+        return f"breaker {row['breaker']['state']}"
     if row["systems"] and all(name in row["missing"] for name in row["systems"]):
         return "unusable"
     if row.get("state"):
@@ -72,22 +62,24 @@ def state_text(row: Mapping[str, Any], now: float) -> str:
     return "-" if row["mode"] == "offline" else "ready"
 
 
-def breaker_text(breaker: Mapping[str, Any], now: float) -> str:
-    """`open until 12:03 (3 failures)`, in the user's own time."""
+def breaker_text(breaker: Mapping[str, Any]) -> str:
+    """`open until 12:03 (3 failures)`, in the user's own time; empty while it is closed and nothing has failed."""
     failures = breaker["failures"]
     words = f"({failures} {'failure' if failures == 1 else 'failures'})"
     match breaker["state"]:
         case "open":
             until = datetime.fromtimestamp(breaker["open_until"]).astimezone()
-            return f"left alone until {until:%H:%M} {words}"
+            return f"open until {until:%H:%M} {words}"
         case "half-open":
-            return f"on trial {words}"
-    return "closed"
+            return f"half-open: tried with one build {words}"
+    return f"closed {words}" if failures else ""
 
 
 def _notes(row: Mapping[str, Any], width: int) -> Iterable[str]:
     """What is wrong, each in a line that begins with the machine's name."""
     texts = [row["fault"]] if row["fault"] else _missing_texts(row["missing"])
+    if row["breaker"]["state"] != "closed":
+        texts = [f"breaker {breaker_text(row['breaker'])}: offload machine resume {row['name']}", *texts]
     for text in texts:
         yield from textwrap.wrap(f"{row['name']}: {one_line(str(text))}", width, subsequent_indent="  ", **_UNBROKEN)
 
@@ -109,7 +101,7 @@ def machine_page(machine: Mapping[str, Any], now: float) -> str:
         ("mode", str(machine["mode"])),
         ("state", _state_line(machine, now)),
         ("wrong", str(machine["fault"])),
-        ("breaker", breaker_text(machine["breaker"], now)),
+        ("breaker", breaker_text(machine["breaker"])),
         ("systems", ", ".join(name for name in machine["systems"] if name not in machine["missing"]) or "none now"),
         ("slots", f"{machine['busy']} of {machine['slots']} busy"),
         ("emulation", {"none": "none", "user": "user (qemu-user)", "full": "full (a whole machine)"}[machine["emulation"]]),
@@ -135,7 +127,7 @@ def _field(name: str, value: str, indent: str = "  ") -> list[str]:
 
 
 def _state_line(machine: Mapping[str, Any], now: float) -> str:
-    state = state_text(machine, now)
+    state = state_text(machine)
     if machine.get("state"):
         since = f" since {moment(machine['since'])} ({ago(machine['since'], now)})" if machine.get("since") else ""
         state = f"{machine['state']}{since}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from typing import Any, Protocol
 
@@ -70,6 +71,11 @@ def print_text(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
     # Now, while an error of it can still become an exit status.
     sys.stdout.flush()
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that standard output is; None when it is none, and nobody's lines are to be cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_json(value: Any) -> None:

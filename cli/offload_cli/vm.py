@@ -14,7 +14,7 @@ import typer
 from offload_cli.complete import vm_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import machine_text, machines_table, short_path
-from offload_cli.terminal import clean, print_json, print_text, say
+from offload_cli.terminal import clean, print_json, print_text, say, terminal_width
 from offload_cli.words import WithCommand, json_option, known_form, tail
 from offloadd.errors import HostError, NotFoundError, UsageError
 from offloadd.model.quantity import format_duration
@@ -40,7 +40,7 @@ def list_(as_json: bool = json_option()) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_text(machines_table(rows, time.time()) if rows else "No virtual machines are declared.")
+        print_text(machines_table(rows, time.time(), terminal_width()) if rows else "No virtual machines are declared.")
 
 
 @app.command()

@@ -80,7 +80,7 @@ class Archive:
                 await apt.ask([*argv, "--download-only"], progress, cwd=Path(folder))
                 return await trio.to_thread.run_sync(self._keep, Path(folder), listed)
         except NotFoundError as exc:
-            raise await self._not_found(apt, name, version, exc.detail) from exc
+            raise await self._not_found(apt, name, version, exc) from exc
         except OSError as exc:
             raise host_error(exc, wanted, self.kept) from exc
 
@@ -147,10 +147,12 @@ class Archive:
     def _note(self, name: str, version: str) -> Path:
         return self._folder / "known" / f"{name}_{quote(version, safe='+~')}"
 
-    async def _not_found(self, apt: PrivateApt, name: str, version: str | None, said: str) -> NotFoundError:
+    async def _not_found(self, apt: PrivateApt, name: str, version: str | None, cause: NotFoundError) -> NotFoundError:
         """Say what there is instead."""
-        paths = await apt.index_files()
-        index = await trio.to_thread.run_sync(read_index, paths)
+        index = await trio.to_thread.run_sync(read_index, await apt.index_files())
+        if not index.versions:
+            # It is the suite that does not exist.
+            return cause
         if versions := index.versions.get(name):
             return NotFoundError(f"{self.suite} has no version {version}", subject=name, hint=f"it has {', '.join(versions)}")
         if source := index.sources.get(name):

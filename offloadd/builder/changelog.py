@@ -30,7 +30,9 @@ def top_entry(changelog: bytes) -> Entry | None:
     match = _TITLE.fullmatch(title.rstrip())
     if match is None:
         return None
-    end = next((found for line in lines if (found := _END.fullmatch(line.rstrip()))), None)
+    # The next entry's title or our own end, whatever comes first.
+    last = next((line.rstrip() for line in lines if line.startswith(" --") or _TITLE.fullmatch(line.rstrip())), "")
+    end = _END.fullmatch(last)
     date = _parse_date(end["date"]) if end else None
     return Entry(source=match["source"], version=match["version"], date=date) if date else None
 

@@ -151,7 +151,8 @@ def covers(wildcard: str, architecture: str) -> bool:
     `all`, which is no architecture, covers none.
     """
     if "any" not in wildcard.split("-"):
-        return wildcard == architecture
+        # dpkg takes `linux-amd64` for `amd64`.
+        return wildcard.removeprefix("linux-") == architecture
     wanted = wildcard.split("-")
     # As dpkg fills up: `any` is everything, `linux-any` and `any-arm64` are (os, cpu), three parts have the libc before them.
     wanted = ["any"] * (4 - len(wanted)) + wanted

@@ -174,14 +174,10 @@ class Performer:
 
     async def _build_on(self, active: ActiveBuild, work: Work, assignment: Assignment) -> None:
         machine = assignment.machine
-        environment = None
-        if not isinstance(machine, SshMachine):
-            environment = await self.shop.environments.ensure(work.environment, active.tell)
-            active.result["environment"] = environment.digest
-        for name in ("clock", "clock_end", "started"):
+        for name in ("clock", "clock_end", "started", "environment"):
             active.result.pop(name, None)
         active.log_tail = LogTail()
-        async with self._open_place(active, work, machine, environment) as place:
+        async with self._open_place(active, work, machine) as place:
             active.result |= place.facts
             self.move(active, BuildState.RUNNING)
             try:
@@ -194,22 +190,21 @@ class Performer:
                 raise
 
     @asynccontextmanager
-    async def _open_place(
-        self, active: ActiveBuild, work: Work, machine: Machine, environment: Environment | None
-    ) -> AsyncIterator[Place]:
+    async def _open_place(self, active: ActiveBuild, work: Work, machine: Machine) -> AsyncIterator[Place]:
         async with AsyncExitStack() as stack:
+            if isinstance(machine, SshMachine):
+                active.tell(f"logging in to {machine.name}")
+                yield await stack.enter_async_context(open_remote_place(machine, self.shop.bridge))
+                return
+            environment = await stack.enter_async_context(self.shop.environments.open(work.environment, active.tell))
+            active.result["environment"] = environment.digest
             if isinstance(machine, LocalMachine | BinfmtMachine):
-                assert environment is not None
                 root = await stack.enter_async_context(self.shop.environments.roots.open(environment, active.tell))
                 stuck = machine.stuck_timeout if isinstance(machine, BinfmtMachine) else None
                 opened = open_local_place(root, self.shop.paths.state / "work", stuck_timeout_s=stuck)
                 yield await stack.enter_async_context(opened)
-            elif isinstance(machine, SshMachine):
-                active.tell(f"logging in to {machine.name}")
-                yield await stack.enter_async_context(open_remote_place(machine, self.shop.bridge))
             else:
                 assert isinstance(machine, VmMachine)
-                assert environment is not None
                 yield await stack.enter_async_context(self._open_vm(active, work, machine, environment))
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -67,6 +68,8 @@ def find_needs(request: BuildRequest, system: str, date: datetime | None, *, env
         cpu=request.asked_cpu,
         kernel=work.kernel,
         features=frozenset(work.features),
+        packages=frozenset(re.split("[:=]", package)[0] for package in (request.recipe.packages if request.recipe else ())),
+        debian=request.debian is not None,
         network=work.network,
         memory_mib=work.memory_size,
         disk=work.disk_size,

@@ -39,6 +39,10 @@ class Needs:
     kernel: str | None = None
     """What the kernel's version begins with."""
     features: frozenset[str] = frozenset()
+    packages: frozenset[str] = frozenset()
+    """Names of Debian packages that its environment has; a machine without environments must name them among its features."""
+    debian: bool = False
+    """Whether it is a Debian package, which nobody builds without an environment."""
     network: bool = False
     memory_mib: int | None = None
     disk: int | None = None

@@ -61,6 +61,9 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
         return _tell_fault
     if needs.features and not needs.features.issubset(machine.features):
         return _tell_features
+    # A remote host builds with what it has; only its owner knows what that is.
+    if machine.kind == "ssh" and (needs.debian or not needs.packages.issubset(machine.features)):
+        return _tell_no_environment
     if question.on_vm and (tell := _cannot_choose(question, machine, known)):
         return tell
     if needs.network and not machine.network:
@@ -146,6 +149,13 @@ def _tell_fault(question: Question, machine: Machine, known: MachineFacts) -> st
 def _tell_features(question: Question, machine: Machine, known: MachineFacts) -> str:
     lacking = sorted(question.needs.features.difference(machine.features))
     return f"lacks the {'feature' if len(lacking) == 1 else 'features'} {', '.join(lacking)}"
+
+
+def _tell_no_environment(question: Question, machine: Machine, known: MachineFacts) -> str:
+    if question.needs.debian:
+        return "has no environments, in which Debian packages are built"
+    lacking = ", ".join(sorted(question.needs.packages.difference(machine.features)))
+    return f"has no environments, and its features do not name {lacking}"
 
 
 def _tell_no_vm(question: Question, machine: Machine, known: MachineFacts) -> str:

@@ -38,7 +38,9 @@ async def find_qemu(name: str) -> QemuBinary:
     found = shutil.which(name)
     if found is None:
         # Debian's packages provide the names of their programs; which package has which changes with its releases.
-        raise HostError(f"{name} is not installed", hint=f"apt-get install {Path(name).name.replace('_', '-')}")
+        install = f"apt-get install {name.replace('_', '-')}"
+        hint = install if name.startswith("qemu-system-") else "`qemu` in the machine's file"
+        raise HostError(f"{name} is not installed", hint=hint)
     path, _ = key = _identity(found)
     if key not in _seen:
         version = re.search(r"version (\S+)", await _ask(path, "--version"))

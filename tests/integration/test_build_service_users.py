@@ -181,7 +181,8 @@ def test_a_resolver_behind_a_link(way: Way, places: Path) -> None:
         pytest.skip("the host's files are exchanged for root alone")
     script = (
         "mount -t tmpfs none /run && mkdir -p /run/resolver && echo nameserver 192.0.2.1 > /run/resolver/file"
-        ' && touch /run/secret && cp -a /etc /run/etc && ln -sf /run/resolver/file /run/etc/resolv.conf && mount --bind /run/etc /etc && exec "$@"'
+        " && touch /run/secret && cp -a /etc /run/etc && ln -sf /run/resolver/file /run/etc/resolv.conf"
+        ' && mount --bind /run/etc /etc && exec "$@"'
     )
     with serve(way.state, *way.options, wrapper=("unshare", "--mount", "sh", "-c", script, "sh")) as service:
         service.send_build(EMPTY, steps=["cat /etc/resolv.conf; ls /run"], network=True)

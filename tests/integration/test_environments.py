@@ -71,7 +71,8 @@ def test_a_command_in_an_environment(world: World) -> None:
 
 
 def test_root_in_an_environment(world: World) -> None:
-    script = "id -u; touch /etc/mine && chown 33:33 /etc/mine && stat -c %u /etc/mine; grep -c : /proc/net/dev; mount -t tmpfs x /mnt"
+    script = "id -u; touch /etc/mine && chown 33:33 /etc/mine && stat -c %u /etc/mine; grep -c : /proc/net/dev"
+    script += "; mount -t tmpfs x /mnt"
     done = world.run("env", "enter", "bookworm", "--root", "--", "sh", "-c", script, status=None)
     assert done.returncode != 0
     assert done.stdout.splitlines() == ["0", "33", "1"]
@@ -97,10 +98,13 @@ def test_a_shell_on_a_terminal(world: World) -> None:
         argv = [sys.executable, "-m", "offload_cli", "env", "enter", "bookworm"]
         os.execve(argv[0], argv, world.env)  # noqa: S606
     try:
+        read_until(terminal, b"$ ")
         os.write(terminal, b"sleep 1000\n")
         read_until(terminal, b"sleep 1000")
         time.sleep(1)
         os.write(terminal, b"\x03")
+        # A terminal drops at an interrupt what was typed before.
+        read_until(terminal, b"$ ")
         os.write(terminal, b"echo $((40 + 2)) $(id -un)\nexit 3\n")
         read_until(terminal, b"42 build")
         deadline = time.monotonic() + LIMIT_S

@@ -157,8 +157,11 @@ async def test_the_facts_of_a_real_qemu() -> None:
 
 async def test_a_qemu_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="is not installed") as caught:
-        await find_qemu("qemu-system-nothing")
-    assert caught.value.hint == "apt-get install qemu-system-misc"
+        await find_qemu("qemu-system-no_thing")
+    assert caught.value.hint == "apt-get install qemu-system-no-thing"
+    with pytest.raises(HostError, match="/opt/qemu is not installed") as caught:
+        await find_qemu("/opt/qemu")
+    assert caught.value.hint == "`qemu` in the machine's file"
     with pytest.raises(HostError, match="does not work"):
         await find_qemu("/bin/false")
 

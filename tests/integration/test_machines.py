@@ -162,7 +162,7 @@ def test_resume_closes_the_breaker(world: World) -> None:
         database.execute("INSERT OR REPLACE INTO breaker (name, failures, open_until) VALUES ('tower', 3, ?)", (until,))
     shown = row(world, "tower")
     assert shown["breaker"] == {"state": "open", "failures": 3, "open_until": pytest.approx(until)}
-    assert "left alone until" in world.run("machine", "list").stdout
+    assert "breaker open until" in world.run("machine", "list").stdout
     # While it is left alone nobody asks it how it is.
     assert shown["load"] is None
     resumed = world.json("machine", "resume", "tower")

@@ -23,7 +23,9 @@ def load(name: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-frames, outputs, patterns, source, steps = (load(name) for name in ("frames", "outputs", "patterns", "source", "steps"))
+frames, outputs, patterns, root, source, steps = (
+    load(name) for name in ("frames", "outputs", "patterns", "root", "source", "steps")
+)
 
 texts = st.text(st.characters())
 values = st.recursive(
@@ -124,3 +126,18 @@ def test_the_sandbox_of_a_service_that_is_no_root() -> None:
     assert words[words.index("--ro-bind") + 1 :][:2] == ["/tmp", "/"]
     bound = [words[at + 2] for at, word in enumerate(words) if word == "--bind"]
     assert bound == ["/build", "/tmp", "/var/tmp"]
+
+
+def test_a_disk_is_found_by_its_serial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root, "DISK_TIMEOUT_S", 0.05)
+    block = tmp_path / "block"
+    # "null" is a device that every host has; a SCSI disk has its serial on a page with a header.
+    for name, file, content in (("other", "serial", b"env-1"), ("null", "device/vpd_pg80", b"\0\x80\0\x05env-1")):
+        (block / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (block / name / file).write_bytes(content)
+    (block / "without").mkdir()
+    assert root.find_disk(str(tmp_path), "env-1") == "/dev/null"
+    with pytest.raises(frames.Trouble, match="no disk env-2 came"):
+        root.find_disk(str(tmp_path), "env-2")
+    (block / "null/serial").write_bytes(b"env-2\n")
+    assert root.find_disk(str(tmp_path), "env-2") == "/dev/null"

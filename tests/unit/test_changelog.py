@@ -53,6 +53,7 @@ def test_no_zone_is_utc(zone: str) -> None:
         "# a comment",
         "mbedtls unstable",
         CHANGELOG.split(" --")[0],
+        CHANGELOG.replace(" -- Andrea", "  Andrea"),
         CHANGELOG.replace("29 Mar 2023", "yesterday").replace("04 Jan 2023", "never"),
         CHANGELOG.replace("29 Mar 2023", "99 Mar 2023"),
         CHANGELOG.replace("2023", "99999999999999"),
@@ -66,7 +67,10 @@ def test_only_the_beginning_is_read() -> None:
     assert top_entry(b"x (1) y; z\n" + b"\n" * 1_000_000 + CHANGELOG.encode()) is None
 
 
-@given(st.binary(max_size=300) | st.text(max_size=40).map(lambda text: CHANGELOG.replace("29 Mar 2023", text).encode("utf-8", "replace")))
+DATED = st.text(max_size=40).map(lambda text: CHANGELOG.replace("29 Mar 2023", text).encode("utf-8", "replace"))
+
+
+@given(st.binary(max_size=300) | DATED)
 def test_any_input_is_taken(data: bytes) -> None:
     entry = top_entry(data)
     assert entry is None or entry.date.tzinfo is UTC

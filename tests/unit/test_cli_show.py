@@ -127,6 +127,10 @@ def test_machine_that_crashed_shows_its_last_words_without_control_characters() 
 
 def test_lists() -> None:
     assert "running (1m00s ago)" in machines_table([ROW], NOW.timestamp())
+    narrow = machines_table([ROW], NOW.timestamp(), 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "SSH" in narrow
+    assert "today" in machines_table([{**ROW, "date": None}], NOW.timestamp())
     image = {
         "name": "debian",
         "digest": "0" * 64,

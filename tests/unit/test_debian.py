@@ -14,6 +14,7 @@ from offloadd.debian import (
     installed_packages,
     missing_packages,
     parse_indexes,
+    without_broken,
 )
 from offloadd.errors import HostError
 
@@ -162,3 +163,30 @@ def test_packages_that_apt_does_not_find() -> None:
     )
     assert missing_packages(said) == ["sl-", "mailx", "hello"]
     assert missing_packages("E: Unable to fetch some archives\n") == []
+
+
+UPDATES, SECURITY = "http://mirror.example/debian", "http://mirror.example/debian-security"
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ([], ["bookworm", "bookworm-updates", "bookworm-security"]),
+        (
+            [f"E: Failed to fetch {SECURITY}/dists/bookworm-security/main/binary-i386/Packages.xz  Sync"],
+            ["bookworm", "bookworm-updates"],
+        ),
+        ([f"W: Failed to fetch {UPDATES}/dists/bookworm-updates/InRelease  x"], ["bookworm", "bookworm-security"]),
+        ([f"Get:1 {SECURITY}/dists/bookworm-security/InRelease"], ["bookworm", "bookworm-updates", "bookworm-security"]),
+        (
+            [
+                f"E: Failed to fetch {UPDATES}/dists/{suite}/InRelease  Could not resolve"
+                for suite in ("bookworm", "bookworm-updates")
+            ],
+            ["bookworm", "bookworm-updates", "bookworm-security"],
+        ),
+    ],
+)
+def test_mirrors_that_are_broken(said: list[str], left: list[str]) -> None:
+    mirrors = choose_mirrors("bookworm", parse_indexes(URIS))
+    assert [mirror.suite for mirror in without_broken(mirrors, "bookworm", said)] == left

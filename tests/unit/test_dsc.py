@@ -65,7 +65,7 @@ def test_native_directory() -> None:
     ["../evil", "/etc/passwd", "a/b", "..", ".hidden", "-rf", "other.dsc", "a\tb", "hello_2.10-3.debian.tar.xz", "ä"],
 )
 def test_unsafe_file_names(name: str) -> None:
-    with pytest.raises(SourceError, match="not a .dsc"):
+    with pytest.raises(SourceError, match=r"not a \.dsc"):
         parse_dsc(changed("725946 hello_2.10.orig.tar.gz\n 31e", f"725946 {name}\n 31e"), "x.dsc")
 
 
@@ -122,7 +122,7 @@ def test_any_input_is_parsed_or_refused(data: bytes) -> None:
         ("gnu-any-any", set(ARCHITECTURES)),
         ("musl-any-any", set()),
         ("hurd-i386", {"hurd-i386"}),
-        ("linux-amd64", set()),
+        ("linux-amd64", {"amd64"}),
     ],
 )
 def test_wildcards(wildcard: str, meant: set[str]) -> None:

@@ -29,3 +29,11 @@ def test_holidays() -> None:
     assert datetime(2019, 7, 28, 17, 4, 8, tzinfo=UTC) < recipe.date < datetime(2020, 1, 1, tzinfo=UTC)
     [source] = recipe.sources
     assert source.pypi == f"holidays=={recipe.version}"
+
+
+def test_mbedtls() -> None:
+    recipe = read("mbedtls")
+    assert recipe.date == "auto"
+    [source] = recipe.sources
+    assert source.debian == "mbedtls=2.28.3-1"
+    assert recipe.steps[0].startswith("dpkg-source --no-check --extract mbedtls_2.28.3-1.dsc ")

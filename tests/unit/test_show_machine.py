@@ -42,7 +42,7 @@ def line_of(page: str, name: str) -> str:
 
 
 def test_a_row_for_each() -> None:
-    page = machines_page([LOCAL, VM, TOWER], NOW)
+    page = machines_page([LOCAL, VM, TOWER])
     assert page.splitlines()[0].split() == ["NAME", "KIND", "SYSTEMS", "MODE", "STATE", "SLOTS", "SPEED", "LOAD", "DISK"]
     assert " ".join(line_of(page, "local").split()) == "local local x86_64-linux +1 online ready 1/2 1 0.50 10.0 GiB"
     assert "running" in line_of(page, "vm")
@@ -52,17 +52,19 @@ def test_a_row_for_each() -> None:
 
 def test_an_open_breaker_says_until_when() -> None:
     until = NOW + 300
-    page = machines_page([{**TOWER, "breaker": {"state": "open", "failures": 3, "open_until": until}}], NOW)
-    assert f"left alone until {datetime.fromtimestamp(until):%H:%M} (3 failures)" in page
-    page = machines_page([{**TOWER, "breaker": {"state": "half-open", "failures": 1, "open_until": until}}], NOW)
-    assert "on trial (1 failure)" in page
+    page = machines_page([{**TOWER, "breaker": {"state": "open", "failures": 3, "open_until": until}}])
+    assert line_of(page, "tower").split()[4:6] == ["breaker", "open"]
+    when = f"{datetime.fromtimestamp(until):%H:%M}"
+    assert f"\ntower: breaker open until {when} (3 failures): offload machine resume tower" in page
+    page = machines_page([{**TOWER, "breaker": {"state": "half-open", "failures": 1, "open_until": until}}])
+    assert "tower: breaker half-open: tried with one build (1 failure)" in page
 
 
 def test_what_is_wrong_stands_below() -> None:
     broken = {**TOWER, "fault": "does not answer: \x1b[2Jrefused\nmore"}
     half = {**LOCAL, "name": "binfmt", "missing": {"i686-linux": "not registered: offload binfmt register i386"}}
     none = {**half, "name": "other", "missing": dict.fromkeys(LOCAL["systems"], "not registered")}
-    page = machines_page([broken, half, none], NOW)
+    page = machines_page([broken, half, none])
     assert "unusable" in line_of(page, "tower")
     assert "ready" in line_of(page, "binfmt")
     assert "unusable" in line_of(page, "other")
@@ -78,17 +80,17 @@ def test_what_is_wrong_stands_below() -> None:
 
 
 def test_nobody_knows_how_an_offline_host_does() -> None:
-    assert line_of(machines_page([{**TOWER, "mode": "offline"}], NOW), "tower").split()[3:5] == ["offline", "-"]
+    assert line_of(machines_page([{**TOWER, "mode": "offline"}]), "tower").split()[3:5] == ["offline", "-"]
 
 
 def test_a_narrow_terminal_goes_without_some_columns() -> None:
     wide = {**VM, "name": "emulated-powerpc64le", "kind": "emulated-vm", "systems": ["powerpc64le-linux"]}
     for width in (80, 90, 120):
-        page = machines_page([wide, {**TOWER, "fault": "word " * 50}], NOW, width)
+        page = machines_page([wide, {**TOWER, "fault": "word " * 50}], width)
         assert max(map(len, page.splitlines())) <= width
         assert "SLOTS" in page
     assert "SPEED" in page
-    assert "SPEED" not in machines_page([wide], NOW, 80)
+    assert "SPEED" not in machines_page([wide], 80)
 
 
 def test_a_page_of_one() -> None:

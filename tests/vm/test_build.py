@@ -156,7 +156,9 @@ def test_machine_killed_in_mid_build(world: World, tmp_path: Path) -> None:
 
 def test_builds_take_turns_on_a_machine(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("turns", "steps: ['true']\n")
-    first, second = (world.start("build", "--machine", "build-vm", "-o", tmp_path / name, recipe) for name in ("first", "second"))
+    first, second = (
+        world.start("build", "--machine", "build-vm", "-o", tmp_path / name, recipe) for name in ("first", "second")
+    )
 
     for process in (first, second):
         _, err = process.communicate(timeout=300)

@@ -20,7 +20,7 @@ ROUTES = {
 
 # Only what every environment has.  The order of files, times, owners and the width of numbers are where builds differ.
 STEPS = [
-    "mkdir -p made/many && for i in $(seq 1 200); do echo \"line $i\" > made/many/$i; done",
+    'mkdir -p made/many && for i in $(seq 1 200); do echo "line $i" > made/many/$i; done',
     "perl -e 'printf(\"%.17g %s\\n\", sqrt($_), join(q( ), sort map { $_ * 7919 % 1009 } 1..50)) for 1..100' > made/numbers",
     "find made -exec touch -d @1000000000 {} +",
     "tar --sort=name --owner=0 --group=0 --numeric-owner -cf - made | gzip -n9 > made.tar.gz",
