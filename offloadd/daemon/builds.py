@@ -190,7 +190,8 @@ class Builds:
         """One build from the queue to its end; nothing it does ends another."""
         state = BuildState.CANCELLED
         error: OffloadError | None = None
-        active.result = self._summary(self._workshop.database.build(active.id))
+        active.summary = self._summary(self._workshop.database.build(active.id))
+        active.result = dict(active.summary)
         try:
             with active.scope:
                 await self._wait_for_source(active)

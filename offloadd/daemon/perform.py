@@ -41,6 +41,8 @@ from offloadd.route import Emulation
 from offloadd.vm.instance import open_instance
 
 PROGRESS_S = 0.2
+_LASTING = ("machine", "kind", "route", "retried")
+"""Fields of the result that an attempt finds there."""
 LOG_TAIL = 64 * 1024
 """Characters of the log in which the words of an emulator that failed are looked for."""
 
@@ -79,6 +81,8 @@ class ActiveBuild:
     """Of who waits for the source."""
     source_begun: bool = False
     source_complete: trio.Event = field(default_factory=trio.Event)
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What is known of it from the beginning."""
     result: dict[str, Any] = field(default_factory=dict)
     """What becomes build.json."""
     cancelled: str = ""
@@ -94,6 +98,12 @@ class ActiveBuild:
     @property
     def outputs(self) -> Path:
         return self.folder / "outputs.tar"
+
+    def begin_attempt(self, work: Work) -> None:
+        """Forget what an attempt on another machine has left."""
+        self.log_tail = LogTail()
+        self.outputs.unlink(missing_ok=True)
+        self.result = self.summary | _describe(work) | {key: value for key, value in self.result.items() if key in _LASTING}
 
     def tell(self, text: str, fraction: float | None = None) -> None:
         """Note progress; what changes faster than anybody reads is thinned out."""
@@ -174,9 +184,7 @@ class Performer:
 
     async def _build_on(self, active: ActiveBuild, work: Work, assignment: Assignment) -> None:
         machine = assignment.machine
-        for name in ("clock", "clock_end", "started", "environment"):
-            active.result.pop(name, None)
-        active.log_tail = LogTail()
+        active.begin_attempt(work)
         async with self._open_place(active, work, machine) as place:
             active.result |= place.facts
             self.move(active, BuildState.RUNNING)
