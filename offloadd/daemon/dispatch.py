@@ -22,7 +22,7 @@ from offloadd.errors import (
     ProtocolError,
     SshError,
 )
-from offloadd.model.machine import Machine
+from offloadd.model.machine import Machine, SshMachine
 from offloadd.model.system import nearest
 from offloadd.route import Decision, Emulation, Needs, find_route
 
@@ -70,7 +70,15 @@ class Dispatcher:
             if word not in kinds and word not in library.machines:
                 known = [*library.machines, *kinds]
                 raise NotFoundError(f"no machine or kind is called {word!r}", subject="--prefer", hint=nearest(word, known))
-        facts = await self._survey.facts(library.machines)
+
+        def worth(machine: SshMachine) -> bool:
+            """Only who could be chosen is asked: a host that is dead costs those builds alone that it would have taken."""
+            if needs.machine is not None:
+                return machine.name == needs.machine
+            wants_vm = (needs.date, needs.cpu, needs.kernel) != (None, None, None)
+            return needs.system in machine.systems and not needs.debian and not wants_vm
+
+        facts = await self._survey.facts(library.machines, worth=worth)
         facts |= {name: replace(facts[name], fault="it has failed this build already") for name in without if name in facts}
         decision = find_route(needs, library.machines.values(), facts, time.time())
         return decision, {name: known.emulation for name, known in facts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -32,8 +33,10 @@ class _Known:
 class Probes:
     """The last probe of each remote host."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Bridge, failed: Callable[[str, OffloadError], None]) -> None:
+        """`failed` is told of each host that was asked and did not answer."""
         self._bridge = bridge
+        self._failed = failed
         self._known: dict[str, _Known] = {}
         self._asking: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
 
@@ -54,6 +57,8 @@ class Probes:
             answer = self.known(machine)
             if answer is None:
                 answer = await self._ask(machine)
+                if isinstance(answer, OffloadError):
+                    self._failed(machine.name, answer)
                 self._known[machine.name] = _Known(machine=machine, at=time.monotonic(), answer=answer)
             return answer
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 import trio
 
 from offloadd.binfmt.status import find_usable, read_status
@@ -27,6 +28,8 @@ from offloadd.plan.machine import default_qemu
 from offloadd.route import Emulation, MachineFacts
 from offloadd.vm.accelerator import known_accelerator
 
+log = structlog.get_logger()
+
 
 class Survey:
     """Looks at machines."""
@@ -35,14 +38,23 @@ class Survey:
         self._workshop = workshop
         self._machines = machines
         self._slots = slots
-        self.probes = Probes(workshop.bridge)
+        self.probes = Probes(workshop.bridge, self._note_silent)
 
-    async def facts(self, machines: Mapping[str, Machine]) -> dict[str, MachineFacts]:
-        """What is known of each; remote hosts are asked side by side, in bounded time, unless they are to be left alone."""
+    async def facts(
+        self, machines: Mapping[str, Machine], *, worth: Callable[[SshMachine], bool] = lambda machine: True
+    ) -> dict[str, MachineFacts]:
+        """What is known of each; remote hosts are asked side by side, in bounded time, unless they are to be left alone.
+
+        Args:
+            worth: whether a remote host is to be asked: one that is dead takes its time.
+        """
         here = await trio.to_thread.run_sync(self._look_here)
         found: dict[str, MachineFacts] = {}
 
         async def look(name: str, machine: Machine) -> None:
+            if isinstance(machine, SshMachine) and not worth(machine):
+                found[name] = MachineFacts(systems=machine.systems, running=True, **self._counts(name))
+                return
             found[name] = MachineFacts(**await self._facts(machine, here), **self._counts(name))
 
         async with trio.open_nursery() as nursery:
@@ -58,6 +70,12 @@ class Survey:
             database.store_breaker(name, Breaker())
         self.probes.forget(name)
         self._slots.wake_all()
+
+    def _note_silent(self, name: str, error: OffloadError) -> None:
+        """A host that does not answer is left alone like one that fails builds: each question takes its time."""
+        database = self._workshop.database
+        database.store_breaker(name, database.breaker(name).after_failure(time.time()))
+        log.warning("machine does not answer", machine=name, error=str(error))
 
     def check_online(self, name: str) -> None:
         """Raise `NotAllowedError` when the machine is offline: nobody is to talk to it."""

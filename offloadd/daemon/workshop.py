@@ -10,7 +10,8 @@ from pathlib import Path
 from offloadd.bridge import Bridge, open_bridge
 from offloadd.builder.archive import Archive
 from offloadd.builder.fetch import fetch_sources
-from offloadd.config.library import Library, load_library
+from offloadd.config.library import Library
+from offloadd.config.shelf import Shelf
 from offloadd.environment.store import EnvironmentStore
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.host import native_systems
@@ -32,6 +33,7 @@ class Workshop:
     """The daemon's lasting things, handed to whoever works with them."""
 
     paths: Paths
+    shelf: Shelf
     bridge: Bridge
     database: Database
     images: ImageStore
@@ -39,8 +41,8 @@ class Workshop:
     cores: Cores
 
     def library(self) -> Library:
-        """What is declared now: files are read at each request, so that a change needs no restart."""
-        return load_library(self.paths.library)
+        """What is declared now: a change of a file needs no restart."""
+        return self.shelf.library()
 
     async def image(self, library: Library, name: str, progress: Progress, *, rebuild: bool = False) -> Image:
         """The image, made when missing and checked when there."""
@@ -92,6 +94,7 @@ async def open_workshop(paths: Paths, database: Path) -> AsyncIterator[Workshop]
         async with open_bridge() as bridge:
             yield Workshop(
                 paths=paths,
+                shelf=Shelf(paths.library),
                 bridge=bridge,
                 database=opened,
                 images=ImageStore(paths.cache / "images"),

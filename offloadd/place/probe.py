@@ -11,7 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,7 +214,9 @@ async def _far_side(shell: Shell, machine: str, *words: str) -> AsyncIterator[Fa
     limit = trio.CancelScope(deadline=trio.current_time() + PROBE_S)
     with limit:
         async with shell.open_process(far_side_command(*words)) as process:
-            await process.send(far_side_program())
+            # A program that has ended already has said why, which is read next.
+            with suppress(SshError):
+                await process.send(far_side_program())
             yield process
     if limit.cancelled_caught:
         raise SshError(f"gave no answer within {format_duration(PROBE_S)}", subject=machine)

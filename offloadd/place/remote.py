@@ -12,7 +12,7 @@ import io
 import time
 import zipfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from offloadd.bridge import Bridge
 from offloadd.errors import SshError
@@ -38,7 +38,9 @@ class RemoteService:
         """
         service = pack_service()
         async with self._guest.open_process(far_side_command("serve", str(len(service)))) as process:
-            await process.send(far_side_program() + service)
+            # One that has ended already has said why, which is read next.
+            with suppress(SshError):
+                await process.send(far_side_program() + service)
             yield process
 
 

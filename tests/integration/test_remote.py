@@ -401,7 +401,7 @@ async def test_a_silent_host_is_asked_once_and_not_for_long(
     monkeypatch.setattr(probes, "LIMIT_S", 0.5)
     calls: list[int] = []
     machine = changed(start_own().machine, port=await silent_host(nursery, calls))
-    asked, answers = Probes(bridge), []
+    asked, answers = Probes(bridge, lambda name, error: None), []
 
     async def ask() -> None:
         answers.append(await asked.ask(machine))

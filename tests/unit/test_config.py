@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from offloadd.config.document import MAX_BYTES, Document, field_name, parse_document, read_document
 from offloadd.config.library import load_library
 from offloadd.config.load import check_document, parse_value
+from offloadd.config.shelf import Shelf
 from offloadd.errors import ConfigError, NotFoundError, error_from_json
 from offloadd.model.image import ImageRecipe
 from offloadd.model.machine import BuildVm, EmulatedVm
@@ -402,3 +403,29 @@ def test_a_library_tells_every_problem_of_every_file(tmp_path: Path) -> None:
         ("gone.yaml", 0, ""),
     ]
     assert "there is no image called 'debain'; did you mean debian?" in str(caught.value)
+
+
+def test_the_shelf_sees_every_change(tmp_path: Path) -> None:
+    write(tmp_path, "images/debian.yaml", IMAGE)
+    write(tmp_path, "machines/m.yaml", MACHINE)
+    shelf = Shelf([tmp_path])
+    first = shelf.library()
+    assert first == load_library([tmp_path])
+    for count in range(1, 6):  # all of one size, within a few milliseconds
+        write(tmp_path, "machines/m.yaml", f"{MACHINE}cpu-count: {count}\n")
+        assert shelf.library().vm("m").cpu_count == count
+    write(tmp_path, "machines/wrong.yaml", "kind: nothing\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            shelf.library()
+    (tmp_path / "machines/wrong.yaml").unlink()
+    assert shelf.library().vm("m").cpu_count == 5
+
+
+def test_the_shelf_reads_what_has_not_changed_once(tmp_path: Path) -> None:
+    write(tmp_path, "images/debian.yaml", IMAGE)
+    write(tmp_path, "machines/m.yaml", MACHINE)
+    for path in tmp_path.rglob("*.yaml"):
+        os.utime(path, (1, 1))
+    shelf = Shelf([tmp_path])
+    assert shelf.library() is shelf.library()

@@ -24,7 +24,8 @@ STEPS = [
     "perl -e 'printf(\"%.17g %s\\n\", sqrt($_), join(q( ), sort map { $_ * 7919 % 1009 } 1..50)) for 1..100' > made/numbers",
     "find made -exec touch -d @1000000000 {} +",
     "tar --sort=name --owner=0 --group=0 --numeric-owner -cf - made | gzip -n9 > made.tar.gz",
-    "id > who; umask >> who; env -i sh -c 'echo $PWD' >> who; stat -c '%A %u %g %n' /build /tmp /usr >> who; hostname >> who || true",
+    "id > who; umask >> who; env -i sh -c 'echo $PWD' >> who",
+    "stat -c '%A %u %g %n' /build /tmp /usr >> who; hostname >> who || true",
     "(cd / && find etc usr/bin -type f -printf '%p %m %s %T@\\n' | LC_ALL=C sort | sha256sum) > root",
 ]
 
