@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -54,9 +55,13 @@ class Archive:
         self._folder = cache / "debian"
         self._mirror = mirror
 
-    async def fetch(self, name: str, version: str | None, progress: Progress) -> SourcePackage:
+    async def fetch(
+        self, name: str, version: str | None, progress: Progress, *, check: Callable[[Dsc], None] = lambda dsc: None
+    ) -> SourcePackage:
         """The source package `name` in `version`, by default the newest that the suite has.
 
+        Args:
+            check: raises what is wrong with the package, before more than its .dsc is fetched.
         Raises:
             NotFoundError: the suite does not have it; names that are like it are in the hint.
             FetchError: the mirrors cannot be reached.
@@ -75,8 +80,10 @@ class Archive:
             if size > MAX_PACKAGE_BYTES:
                 raise SourceError(f"is larger than {format_size(MAX_PACKAGE_BYTES)}", subject=wanted)
             progress(f"fetching the source of {wanted} ({format_size(size)})", None)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            await trio.to_thread.run_sync(partial(self._folder.mkdir, parents=True, exist_ok=True))
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".fetch-", ignore_cleanup_errors=True) as folder:
+                await apt.ask([*argv, "--download-only", "--dsc-only"], progress, cwd=Path(folder))
+                check(await trio.to_thread.run_sync(_only_dsc, Path(folder)))
                 await apt.ask([*argv, "--download-only"], progress, cwd=Path(folder))
                 return await trio.to_thread.run_sync(self._keep, Path(folder), listed)
         except NotFoundError as exc:
@@ -170,6 +177,11 @@ def parse_uris(lines: Iterable[str]) -> list[DscFile]:
     if len([file for file in files if file.name.endswith(".dsc")]) != 1 or any("/" in file.name for file in files):
         raise FetchError("apt does not say which files belong to a source package", subject="apt")
     return sorted(files, key=lambda file: not file.name.endswith(".dsc"))
+
+
+def _only_dsc(folder: Path) -> Dsc:
+    (path,) = folder.glob("*.dsc")
+    return parse_dsc(path.read_bytes(), path.name)
 
 
 def load_package(paths: Sequence[Path]) -> SourcePackage:

@@ -9,6 +9,7 @@ so that a build has the same packages for every architecture.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,7 @@ async def prepare_debian(
     """
     architecture = SYSTEMS[system].debian
     archive = Archive(cache, build.suite, mirror=mirror)
-    package = await _find_package(build, archive, sent, progress)
-    check_architecture(package.dsc, architecture)
+    package = await _find_package(build, archive, sent, progress, lambda dsc: check_architecture(dsc, architecture))
     progress(f"finding the build dependencies of {package.dsc.source} {package.dsc.version} for {architecture}", None)
     profiles = () if build.check else ("nocheck",)
     packages = await archive.resolve(package.dsc, package.files[0], architecture, profiles=profiles, progress=progress)
@@ -76,15 +76,20 @@ async def prepare_debian(
     )
 
 
-async def _find_package(build: DebianBuild, archive: Archive, sent: Path | None, progress: Progress) -> SourcePackage:
+async def _find_package(
+    build: DebianBuild, archive: Archive, sent: Path | None, progress: Progress, check: Callable[[Dsc], None]
+) -> SourcePackage:
     if build.dsc is None:
-        return await archive.fetch(build.package, build.version, progress)
+        package = await archive.fetch(build.package, build.version, progress, check=check)
+        check(package.dsc)
+        return package
     if sent is None:
         raise SourceError("did not come with the request", subject=build.dsc)
     package = await trio.to_thread.run_sync(take_sent, sent, build.dsc, archive.kept)
     if package.dsc.source != build.package or build.version not in (None, package.dsc.version):
         asked = f"{build.package} {build.version or ''}".rstrip()
         raise SourceError(f"is of {package.dsc.source} {package.dsc.version}, not of {asked}", subject=build.dsc)
+    check(package.dsc)
     return package
 
 

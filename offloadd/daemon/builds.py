@@ -190,7 +190,7 @@ class Builds:
         """One build from the queue to its end; nothing it does ends another."""
         state = BuildState.CANCELLED
         error: OffloadError | None = None
-        active.summary = self._summary(self._workshop.database.build(active.id))
+        active.summary = self._summary(self._workshop.database.build(active.id)) | {"system": active.system}
         active.result = dict(active.summary)
         try:
             with active.scope:
