@@ -241,6 +241,8 @@ async def bootstrap(
                 hint = "`packages` in the recipe, or `suite`"
                 what = f"{suite} has no {' '.join(missing)} for {architecture}"
                 raise NotFoundError(what, subject=subject, hint=hint) from exc
+            if len(usable) == len(mirrors) and lacks_suite(exc.detail):
+                raise NotFoundError(f"the mirrors have no suite {suite}", subject=subject, hint="see `suite`") from exc
             if len(usable) == len(mirrors):
                 raise
             progress(left_out(mirrors, usable, architecture), None)
@@ -277,6 +279,7 @@ class _OutputReader:
             self.failed.append(line)
 
 
+_NO_SUITE = re.compile(r"^E: The repository '[^']*' does not have a Release file", re.MULTILINE)
 _NO_PACKAGE = re.compile(
     r"^E: (?:Unable to locate package |Package '|Version '\S+' for ')([^\s']+)"
     r"(?:$|' has no installation candidate|' was not found)",
@@ -287,6 +290,11 @@ _NO_PACKAGE = re.compile(
 def missing_packages(said: str) -> list[str]:
     """The packages that apt does not find, from its messages (apt-private/private-cacheset.cc)."""
     return list(dict.fromkeys(_NO_PACKAGE.findall(said)))
+
+
+def lacks_suite(said: str) -> bool:
+    """Whether apt says that a mirror answers, and does not have the suite (apt-pkg/acquire-item.cc)."""
+    return _NO_SUITE.search(said) is not None
 
 
 class ProgressParser:

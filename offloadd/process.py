@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from offloadd.errors import HostError, OffloadError
+from offloadd.nursery import open_narrow_nursery
 
 Progress = Callable[[str, float | None], None]
 """Called with a phase in words and how much of it is done (0 to 1), None when that is not known."""
@@ -67,7 +68,7 @@ async def run_program(
     """Run `argv` to its end, standard output and error as one stream of lines for `on_line`.
 
     Args:
-        on_line: must not raise.
+        on_line: what it raises ends the program, and leaves as it is.
         env: the whole environment; by default ours with LC_ALL=C.UTF-8, so that messages can be parsed.
         stdin: a file for its standard input; by default there is nothing to read.
         subject: what errors are about.
@@ -91,7 +92,7 @@ async def run_program(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     # Read on while the group is being ended: a program that cleans up must not hang on a full pipe.
     reading = trio.CancelScope(shield=True)
-    async with trio.lowlevel.FdStream(reader) as output, trio.open_nursery() as nursery:
+    async with trio.lowlevel.FdStream(reader) as output, open_narrow_nursery() as nursery:
         nursery.start_soon(_read_lines, output, reading, tail, on_line)
         try:
             await _wait_exit(process.pid)

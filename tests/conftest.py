@@ -60,10 +60,12 @@ class World:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, *arguments: str | Path, status: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str | Path, status: int | None = 0, cwd: Path | None = None, limit_s: float = 600
+    ) -> subprocess.CompletedProcess[str]:
         """Run `offload` to its end, and check its exit status unless that is None."""
         process = self.start(*arguments, cwd=cwd)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=limit_s)
         if status is not None:
             assert process.returncode == status, f"exit status {process.returncode}\nstdout: {out}\nstderr: {err}"
         if "exec" not in arguments:

@@ -10,7 +10,7 @@ import typer
 
 from offload_cli.complete import system_names
 from offload_cli.show import table
-from offload_cli.terminal import print_json, print_text, say
+from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import json_option
 from offloadd.errors import HostError, UsageError
 
@@ -27,10 +27,10 @@ _SYSTEMS = typer.Argument(
 
 @app.callback()
 def _group() -> None:
-    """Other architectures on this host, through qemu-user and the kernel's binfmt_misc.
+    """Other architectures on this host, through qemu-user.
 
-    What is registered is for every program of the host, and gone when the host restarts; Debian's package qemu-user-binfmt
-    registers at each start.
+    The kernel's binfmt_misc hands it their programs.  What is registered is for every program of the host, and gone when
+    the host restarts; Debian's package qemu-user-binfmt registers at each start.
     """
 
 
@@ -53,7 +53,7 @@ def status(architectures: list[str] | None = _SYSTEMS, as_json: bool = json_opti
     if as_json:
         print_json({"mounted": found.mounted, "enabled": found.enabled, "systems": rows})
     else:
-        print_text(status_table(rows))
+        print_text(status_table(rows, terminal_width()))
 
 
 @app.command()
@@ -149,8 +149,8 @@ def _row(found: Status, name: str) -> dict[str, Any]:
     return row
 
 
-def status_table(rows: Sequence[dict[str, Any]]) -> str:
-    """`offload binfmt status`."""
+def status_table(rows: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """`offload binfmt status`; see `table` for `width`."""
 
     def cells(row: dict[str, Any]) -> list[str]:
         entry = row.get("registration", {})
@@ -163,7 +163,7 @@ def status_table(rows: Sequence[dict[str, Any]]) -> str:
         by = entry.get("owner", "-")
         return [row["system"], row["debian"], state, by, entry.get("flags", "-"), row["why"] or entry.get("interpreter", "")]
 
-    return table(["SYSTEM", "DEBIAN", "STATE", "REGISTERED BY", "FLAGS", "RUN BY, OR WHY NOT"], map(cells, rows))
+    return table(["SYSTEM", "DEBIAN", "STATE", "REGISTERED BY", "FLAGS", "RUN BY, OR WHY NOT"], map(cells, rows), width)
 
 
 def _show(outcomes: Sequence[Outcome], kept: str, *, as_json: bool) -> None:

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from offload_cli.complete import machine_names, system_names
+from offload_cli.complete import machine_names, prefer_names, system_names
 from offload_cli.connection import open_client
 from offload_cli.order import Done, Order, carry_out
 from offload_cli.phases import open_phases
 from offload_cli.request import Changes, make_request
 from offload_cli.result import check_out, default_out
-from offload_cli.route import show_decision
+from offload_cli.route import decision_table
 from offload_cli.show import build_summary
 from offload_cli.side_by_side import Run, carry_out_all, last_lines
-from offload_cli.target import DebianOptions, Target, find_target
-from offload_cli.terminal import LogStream, clean, print_json, say, say_error
+from offload_cli.target import DebianOptions, Target, find_target, known_system, released
+from offload_cli.terminal import LogStream, clean, print_json, print_text, say, say_error, terminal_width
 from offload_cli.words import json_option, tail
-from offloadd.errors import OffloadError, UsageError, error_from_json
+from offloadd.errors import NoMachineError, OffloadError, UsageError, error_from_json
+from offloadd.model.quantity import format_date
 
 if TYPE_CHECKING:
     from offloadd.model.recipe import BuildRequest
@@ -41,7 +42,9 @@ def build(
     cpu: str | None = typer.Option(None, metavar="MODEL", help="The CPU model, in QEMU's words; by default one of that time."),
     kernel: str | None = typer.Option(None, metavar="VERSION", help="What the kernel's version must begin with."),
     machine: str | None = typer.Option(None, metavar="NAME", autocompletion=machine_names, help="Only this machine."),
-    prefer: list[str] = typer.Option([], metavar="NAME", help="A machine or kind to take first of those that can; repeatable."),
+    prefer: list[str] = typer.Option(
+        [], metavar="NAME", autocompletion=prefer_names, help="A machine or kind to take first of those that can; repeatable."
+    ),
     feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
     network: bool = typer.Option(False, "--network", help="Give the steps the network, on a machine that allows it."),
     explain: bool = typer.Option(False, "--explain", help="Show which machine would take it, and why; build nothing."),
@@ -92,10 +95,9 @@ def build(
     try:
         target = find_target(what, changes, DebianOptions(build_options=tuple(build_option), check=not no_check))
         systems = _systems(target, system, all_systems=all_systems)
-        requests = [make_request(target.work, {**options, **_released(target, date), "system": name}) for name in systems]
+        requests = [make_request(target.work, {**options, **released(target, date), "system": name}) for name in systems]
         if explain:
-            _explain(requests, as_json=as_json)
-            return
+            raise typer.Exit(_explain(requests, as_json=as_json))
         orders = [Order(target=target, request=request, out=_out(out, target, request, systems)) for request in requests]
         status = _one(orders[0], as_json=as_json) if len(orders) == 1 else _several(orders, as_json=as_json)
     except OffloadError as exc:
@@ -108,32 +110,15 @@ def build(
 def _systems(target: Target, asked: list[str], *, all_systems: bool) -> list[str | None]:
     """The system types to build for; one that is None is the daemon's choice."""
     from offloadd.model.recipe import BuildRecipe
-    from offloadd.model.system import find_system
 
     if not all_systems:
-        try:
-            return list(dict.fromkeys(find_system(name).name for name in asked)) or [None]
-        except ValueError as exc:
-            raise UsageError(f"--system: {exc}") from exc
+        return list(dict.fromkeys(known_system(name, "--system") for name in asked)) or [None]
     named = target.work.systems if isinstance(target.work, BuildRecipe) else ()
     if asked:
         raise UsageError("--all-systems and --system do not go together")
     if not named:
         raise UsageError("--all-systems: the recipe names no systems", hint="`systems: [x86_64-linux, ...]`, or -s")
     return list(named)
-
-
-def _released(target: Target, date: str | None) -> dict[str, Any]:
-    """What a directory says of its own age, when the date is to be found by itself."""
-    from offloadd.builder.release_date import release_date_of_directory
-
-    from offloadd.model.recipe import BuildRecipe
-
-    asked = date or (target.work.date if isinstance(target.work, BuildRecipe) else None)
-    if asked != "auto" or target.directory is None:
-        return {}
-    found, origin = release_date_of_directory(target.directory)
-    return {"released": {"date": found, "origin": origin}}
 
 
 def _out(out: Path | None, target: Target, request: BuildRequest, systems: list[str | None]) -> Path:
@@ -145,15 +130,17 @@ def _out(out: Path | None, target: Target, request: BuildRequest, systems: list[
     return check_out(out, target.source)
 
 
-def _explain(requests: list[BuildRequest], *, as_json: bool) -> None:
-    status = 0
+def _explain(requests: list[BuildRequest], *, as_json: bool) -> int:
+    """Show where they would go; 0 when each of them has a machine."""
     with open_client() as client:
-        for request in requests:
-            try:
-                show_decision(client.post("/v1/route", request.to_json()), as_json=as_json)
-            except typer.Exit as exc:
-                status = exc.exit_code
-    raise typer.Exit(status)
+        decisions = [client.post("/v1/route", request.to_json()) for request in requests]
+    if as_json:
+        print_json(decisions if len(decisions) > 1 else decisions[0])
+    else:
+        if found := requests[0].released:
+            say(f"the date is {format_date(found.date)}: {found.origin}")
+        print_text("\n\n".join(decision_table(decision, terminal_width()) for decision in decisions))
+    return 0 if all(decision["machine"] for decision in decisions) else NoMachineError.exit_status
 
 
 def _one(order: Order, *, as_json: bool) -> int:

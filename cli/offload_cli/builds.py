@@ -10,7 +10,7 @@ import typer
 from offload_cli.complete import build_names
 from offload_cli.connection import open_client
 from offload_cli.show import build_summary, builds_table
-from offload_cli.terminal import LogStream, print_json, print_text, say
+from offload_cli.terminal import LogStream, print_json, print_text, say, terminal_width
 from offload_cli.words import json_option, known_form
 
 _BUILD = typer.Argument(
@@ -38,7 +38,7 @@ def builds(limit: int = typer.Option(20, min=1, max=1000, help="How many."), as_
     if as_json:
         print_json(rows)
     else:
-        print_text(builds_table(rows, time.time()) if rows else "No builds yet: offload build --help")
+        print_text(builds_table(rows, time.time(), terminal_width()) if rows else "No builds yet: offload build --help")
 
 
 def log(
@@ -69,7 +69,9 @@ def cancel(
     build: str = _BUILD,
     as_json: bool = json_option(),
 ) -> None:
-    """Cancel a build and wait until nothing of it is left; one that has ended stays as it is.
+    """Cancel a build, and wait until nothing of it is left.
+
+    One that has ended stays as it is.
 
     \b
     Example:

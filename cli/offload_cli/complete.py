@@ -12,6 +12,13 @@ def machine_names(incomplete: str) -> list[str]:
     return _from_files("machines", incomplete)
 
 
+def prefer_names(incomplete: str) -> list[str]:
+    """Machines and kinds of machines."""
+    from offloadd.model.machine import KINDS
+
+    return sorted({*machine_names(incomplete), *(kind for kind in KINDS if kind.startswith(incomplete))})
+
+
 def vm_names(incomplete: str) -> list[str]:
     return _from_files("vms", incomplete)
 

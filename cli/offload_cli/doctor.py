@@ -20,7 +20,7 @@ _COLOURS = {"ok": "32", "warning": "33", "missing": "31"}
 
 
 def doctor(as_json: bool = json_option()) -> None:
-    """Look at what offload needs from this host, and name the command that mends what is missing.
+    """Say what this host lacks, and which command mends it.
 
     Exit status 75 when something is missing; warnings are not.
 

@@ -13,7 +13,8 @@ import typer
 from offload_cli.complete import environment_names, system_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import environments_table
-from offload_cli.terminal import print_json, print_text, say
+from offload_cli.target import known_system
+from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import WithCommand, json_option, tail
 from offloadd.errors import HostError, NotFoundError, UsageError
 from offloadd.model.quantity import format_duration, format_size
@@ -21,7 +22,7 @@ from offloadd.model.quantity import format_duration, format_size
 if TYPE_CHECKING:
     from offloadd.model.environment import EnvironmentRequest
 
-app = typer.Typer(help="The root file systems that builds run in.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 _NAMES = {"packages": "--package", "suite": "the suite", "digest": "the digest"}
@@ -38,9 +39,10 @@ _BY_DIGEST = typer.Argument(
 
 @app.callback()
 def _group() -> None:
-    """The root file systems that builds run in: a Debian suite, an architecture, packages; each kept by its digest.
+    """The root file systems that builds run in.
 
-    Builds make those that they need by themselves.
+    Each is a Debian suite, an architecture and packages, and is kept by its digest.  Builds make those that they need
+    by themselves.
     """
 
 
@@ -58,7 +60,7 @@ def list_(as_json: bool = json_option()) -> None:
         print_json(rows)
     else:
         none = "No environments yet: a build makes the one that it needs."
-        print_text(environments_table(rows, time.time()) if rows else none)
+        print_text(environments_table(rows, time.time(), terminal_width()) if rows else none)
 
 
 @app.command()
@@ -167,7 +169,8 @@ def _find_request(what: str, system: str | None, arch: str | None, packages: Seq
     """
     if system and arch:
         raise UsageError("--system and --arch say the same thing", hint="give one of them")
-    path, wanted = Path(what), system or arch
+    named = (system, "--system") if system else (arch, "--arch")
+    path, wanted = Path(what), known_system(named[0], named[1]) if named[0] else None
     if path.is_dir():
         return _request_of(path, wanted, packages)
     if "/" in what:

@@ -15,9 +15,7 @@ from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import json_option, known_form
 from offloadd.errors import DaemonError, TransientError, error_from_json
 
-app = typer.Typer(
-    help="All machines: what they are, what they have to do, whether they work.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="All machines: what they are, and whether they work.", no_args_is_help=True, rich_markup_mode=None)
 
 _NAME = typer.Argument(metavar="NAME", callback=known_form, autocompletion=machine_names, help="The machine's name.")
 _NAMES = typer.Argument(metavar="NAME...", autocompletion=machine_names, help="The machines' names.")

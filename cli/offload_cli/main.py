@@ -45,7 +45,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="offload",
-    help="Send a build to the machine that it needs: a VM with another date or CPU, and bring the result back.",
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -75,13 +74,15 @@ def _version(wanted: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit."),
 ) -> None:
-    """Send a build to the machine that it needs: a VM with another date or CPU, and bring the result back.
+    """Send a build to the machine that it needs: of another architecture, date or CPU; and bring the result back.
+
+    That machine is this host, qemu-user, a virtual machine or a remote host; `offload route` says which, and why.
 
     \b
     Examples:
+      offload build -s aarch64-linux hello
       offload build --date 2020-06-01 ./project
       offload build -p gcc -p make ./project -- make check
-      offload vm start build-vm
       offload doctor
     """
 

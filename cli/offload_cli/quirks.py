@@ -11,18 +11,21 @@ import typer
 from offload_cli.complete import quirk_names, system_names
 from offload_cli.connection import open_client
 from offload_cli.show import ago, table
-from offload_cli.terminal import print_json, print_text, say
+from offload_cli.target import known_system
+from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import json_option
-from offloadd.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+_NONE = "Nothing is remembered: qemu-user is tried for every build."
 
 
 @app.callback()
 def _group() -> None:
-    """What does not build under qemu-user, and goes to a machine with a kernel of its own straight away.
+    """What does not build under qemu-user.
 
-    A build that died of the emulator, and not in such a machine, is remembered by its name and system type.
+    A build that died of the emulator, and not in a machine with a kernel of its own, is remembered by its name and system
+    type, and goes to such a machine straight away.
     """
 
 
@@ -39,7 +42,7 @@ def list_(as_json: bool = json_option()) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_text(quirks_table(rows, time.time()) if rows else "Nothing is remembered: qemu-user is tried for every build.")
+        print_text(quirks_table(rows, time.time(), terminal_width()) if rows else _NONE)
 
 
 @app.command()
@@ -57,7 +60,7 @@ def forget(
       offload quirks forget hello
       offload quirks forget -s arm64
     """
-    query = {"name": name, "system": _find(system) if system else None}
+    query = {"name": name, "system": known_system(system, "--system") if system else None}
     with open_client() as client:
         gone = client.delete("/v1/quirks", **{field: value for field, value in query.items() if value is not None})
     if as_json:
@@ -67,16 +70,7 @@ def forget(
         say(f"forgot {count} {'quirk' if count == 1 else 'quirks'}")
 
 
-def _find(system: str) -> str:
-    from offloadd.model.system import find_system
-
-    try:
-        return find_system(system).name
-    except ValueError as exc:
-        raise UsageError(str(exc)) from exc
-
-
-def quirks_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
-    """`offload quirks list`."""
+def quirks_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+    """`offload quirks list`; see `table` for `width`."""
     cells = ([row["name"], row["system"], ago(row["created"], now), row["build"], row["reason"]] for row in rows)
-    return table(["NAME", "SYSTEM", "SINCE", "BUILD", "REASON"], cells)
+    return table(["NAME", "SYSTEM", "SINCE", "BUILD", "REASON"], cells, width)

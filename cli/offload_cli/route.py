@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 import typer
 
-from offload_cli.complete import machine_names, system_names
+from offload_cli.complete import machine_names, prefer_names, system_names
 from offload_cli.connection import open_client
 from offload_cli.request import Changes, make_request
 from offload_cli.show import table
-from offload_cli.target import DebianOptions, Target, find_target
-from offload_cli.terminal import one_line, print_json, print_text
+from offload_cli.target import DebianOptions, Target, find_target, known_system, released
+from offload_cli.terminal import one_line, print_json, print_text, terminal_width
 from offload_cli.words import json_option
 from offloadd.errors import NoMachineError
 
@@ -24,7 +26,9 @@ def route(
     cpu: str | None = typer.Option(None, metavar="MODEL", help="As for offload build."),
     kernel: str | None = typer.Option(None, metavar="VERSION", help="What the kernel's version must begin with."),
     machine: str | None = typer.Option(None, metavar="NAME", autocompletion=machine_names, help="Only this machine."),
-    prefer: list[str] = typer.Option([], metavar="NAME", help="A machine or kind to take first; repeatable."),
+    prefer: list[str] = typer.Option(
+        [], metavar="NAME", autocompletion=prefer_names, help="A machine or kind to take first; repeatable."
+    ),
     feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
     network: bool = typer.Option(False, "--network", help="The build needs the network."),
     as_json: bool = json_option(),
@@ -35,16 +39,29 @@ def route(
     Examples:
       offload route aarch64-linux
       offload route x86_64-linux --date 2020-01-01
-      offload route i586-gnu hello --json
+      offload route riscv64 --network --json
+      offload route arm64 ./project
     """
     requirements: dict[str, Any] = {"features": tuple(feature), "network": network or None, "kernel": kernel}
     changes = Changes(requirements={name: value for name, value in requirements.items() if value})
     target = _any_target(changes) if what is None else find_target(what, changes, DebianOptions())
-    options = {"system": system, "date": date, "cpu": cpu, "machine": machine, "prefer": tuple(prefer)}
+    options = {
+        **released(target, date),
+        "system": known_system(system, "SYSTEM"),
+        "date": date,
+        "cpu": cpu,
+        "machine": machine,
+        "prefer": tuple(prefer),
+    }
     request = make_request(target.work, options)
     with open_client() as client:
         decision = client.post("/v1/route", request.to_json())
-    show_decision(decision, as_json=as_json)
+    if as_json:
+        print_json(decision)
+    else:
+        print_text(decision_table(decision, terminal_width()))
+    if decision["machine"] is None:
+        raise typer.Exit(NoMachineError.exit_status)
 
 
 def _any_target(changes: Changes) -> Target:
@@ -53,29 +70,22 @@ def _any_target(changes: Changes) -> Target:
     return Target(work=BuildRecipe.model_validate({"name": "any", "steps": ("true",), **changes.requirements}))
 
 
-def show_decision(decision: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print it.
+def decision_table(decision: Mapping[str, Any], width: int | None = None) -> str:
+    """The candidates, best first; those that were passed over, with the reasons; those for other system types, in one line.
 
-    Raises:
-        typer.Exit: with the status of `NoMachineError` when no machine can.
+    Args:
+        width: of the terminal; None for as wide as it comes.
     """
-    if as_json:
-        print_json(decision)
-    else:
-        print_text(decision_table(decision))
-    if decision["machine"] is None:
-        raise typer.Exit(NoMachineError.exit_status)
-
-
-def decision_table(decision: Mapping[str, Any]) -> str:
-    """The candidates, best first, then those that were passed over, with the reasons."""
+    system, chosen, unrelated = decision["system"], decision["machine"], decision["unrelated"]
     rows = [
         [str(rank), candidate["machine"], candidate["kind"], candidate["why"]]
         for rank, candidate in enumerate(decision["candidates"], 1)
     ]
-    rows += [
-        ["-", name, decision.get("kinds", {}).get(name, ""), f"no: {why}"] for name, why in decision["passed_over"].items()
-    ]
-    chosen = decision["machine"]
-    first = f"{decision['system']}: {chosen}" if chosen else f"{decision['system']}: no machine can do this build"
-    return "\n".join([one_line(first), table(["RANK", "MACHINE", "KIND", "WHY"], rows)] if rows else [one_line(first)])
+    passed_over = {name: why for name, why in decision["passed_over"].items() if name not in unrelated}
+    rows += [["-", name, decision["kinds"][name], f"no: {why}"] for name, why in passed_over.items()]
+    lines = [one_line(f"{system}: {chosen}" if chosen else f"{system}: no machine can do this build")]
+    if rows:
+        lines.append(table(["RANK", "MACHINE", "KIND", "WHY"], rows, width))
+    if unrelated:
+        lines.append(fill(f"not for {system}: {', '.join(unrelated)}", width or sys.maxsize, break_on_hyphens=False))
+    return "\n".join(lines)

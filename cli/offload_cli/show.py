@@ -22,13 +22,33 @@ _YEAR_MONTHS = 12
 _VALUE_WIDTH = 96
 """Longer values are broken between words; paths never are."""
 _DAY_S = 86400
+_PACKAGES = 60
+_BEFORE_PACKAGES = 56
+"""Columns, at most, of an environment's packages, and of what stands before them."""
+_GAP = 2
+_NARROWEST = 24
+"""Columns of a table's last cell that are not worth breaking further."""
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns side by side, as wide as they must be."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> str:
+    """Columns side by side, as wide as they must be.
+
+    Args:
+        width: of the terminal, in whose lines the last column is broken between words; None for as wide as it comes.
+    """
     lines = [tuple(heads), *(tuple(one_line(cell) for cell in row) for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    if width is not None:
+        room = max(width - sum(widths[:-1]) - _GAP * (len(widths) - 1), _NARROWEST)
+        lines = [part for line in lines for part in _broken(line, room)]
+    return "\n".join((" " * _GAP).join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _broken(line: Sequence[str], room: int) -> Iterable[tuple[str, ...]]:
+    """The line, its last cell in as many lines as it needs."""
+    parts = textwrap.wrap(line[-1], room, break_long_words=False, break_on_hyphens=False) or [""]
+    yield (*line[:-1], parts[0])
+    yield from ((*[""] * (len(line) - 1), part) for part in parts[1:])
 
 
 def fitting_table(rows: Sequence[Mapping[str, str]], width: int | None, spared: Sequence[str]) -> str:
@@ -160,15 +180,23 @@ def short_path(path: Path) -> str:
         return str(path)
 
 
-def builds_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
-    def row(build: Mapping[str, Any]) -> list[str]:
-        duration = build.get("duration_s")
-        took = format_duration(duration) if isinstance(duration, (int, float)) else "-"
-        name = f"{build['name']} {build['version']}"
-        date = str(build.get("date") or "-")
-        return [str(build["build"]), name, str(build["state"]), build["machine"] or "-", date, took, ago(build["created"], now)]
+def builds_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+    """`offload builds`; see `fitting_table` for `width`."""
 
-    return table(["BUILD", "NAME", "STATE", "MACHINE", "DATE IN GUEST", "TOOK", "CREATED"], map(row, rows))
+    def row(build: Mapping[str, Any]) -> dict[str, str]:
+        duration = build.get("duration_s")
+        return {
+            "BUILD": str(build["build"]),
+            "NAME": f"{build['name']} {build['version']}",
+            "STATE": str(build["state"]),
+            "SYSTEM": str(build.get("system") or "-"),
+            "MACHINE": str(build["machine"] or "-"),
+            "DATE IN GUEST": str(build.get("date") or "-"),
+            "TOOK": format_duration(duration) if isinstance(duration, (int, float)) else "-",
+            "CREATED": ago(build["created"], now),
+        }
+
+    return fitting_table([row(build) for build in rows], width, ("DATE IN GUEST", "TOOK", "MACHINE"))
 
 
 def images_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
@@ -200,15 +228,18 @@ def image_text(image: Mapping[str, Any], now: float) -> str:
     return "\n".join([clean(str(image["name"])), *fields(pairs)])
 
 
-def environments_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
+def environments_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+    """`offload env list`; see `table` for `width`."""
+
     def row(environment: Mapping[str, Any]) -> list[str]:
         recipe = environment["recipe"]
         names = " ".join(recipe["packages"]) or "-"
         made = ago(parse_date(environment["made"]).timestamp(), now)
         system = f"{recipe['suite']} {recipe['architecture']}"
-        return [environment["digest"][:12], system, format_size(environment["size"]), made, one_line(names, 60)]
+        return [environment["digest"][:12], system, format_size(environment["size"]), made, one_line(names, room)]
 
-    return table(["DIGEST", "SYSTEM", "SIZE", "MADE", "PACKAGES"], map(row, rows))
+    room = _PACKAGES if width is None else max(width - _BEFORE_PACKAGES, _NARROWEST)
+    return table(["DIGEST", "SYSTEM", "SIZE", "MADE", "PACKAGES"], map(row, rows), width)
 
 
 def machines_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:

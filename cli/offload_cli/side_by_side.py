@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _LAST_LINES = 12
 _LOOK_S = 0.2
+_LAST_WORD_S = 2.0
 
 
 @dataclass
@@ -134,6 +136,10 @@ def carry_out_all(orders: Sequence[tuple[str, Order]]) -> list[Run]:
                     thread.join(_LOOK_S)
         except KeyboardInterrupt:
             _cancel(runs)
+            # They are told of it: the last that their lines say is how they ended.
+            deadline = time.monotonic() + _LAST_WORD_S
+            for thread in threads:
+                thread.join(max(deadline - time.monotonic(), 0.0))
             raise
     for run in runs:
         run.reraise()

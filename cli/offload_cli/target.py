@@ -70,6 +70,10 @@ def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Ta
         return _package(match[1], match[2], changes, debian)
     if given := debian.given():
         raise UsageError(f"{given[0]} is for Debian packages", subject=str(path))
+    if word is not None and "/" not in word and not path.exists():
+        what = "there is no such directory, and no Debian package is called so"
+        hint = "NAME or NAME=VERSION, in lower case" if word.lower() != word else "offload build --help"
+        raise NotFoundError(what, subject=word, hint=hint)
     recipe = find_recipe(check_directory(path), changes)
     return Target(work=recipe, directory=check_directory(path), name=f"{recipe.name}-{recipe.version}")
 
@@ -102,6 +106,34 @@ def _debian(values: dict[str, Any], subject: str, changes: Changes, debian: Debi
             raise UsageError(f"{name} is for a directory, not for a Debian package", subject=subject)
     values |= {"build-options": debian.build_options, "check": debian.check, **changes.requirements}
     return checked(DebianBuild, {key: value for key, value in values.items() if value is not None}, _NAMES)
+
+
+def known_system(name: str, where: str) -> str:
+    """The system type's own name.
+
+    Args:
+        where: what it was given as, for the message.
+    Raises:
+        UsageError: there is none of that name, with the nearest ones.
+    """
+    from offloadd.model.system import find_system
+
+    try:
+        return find_system(name).name
+    except ValueError as exc:
+        raise UsageError(f"{where}: {exc}") from exc
+
+
+def released(target: Target, date: str | None) -> dict[str, Any]:
+    """What a directory says of its own age, for the request, when the date is to be found by itself."""
+    from offloadd.builder.release_date import release_date_of_directory
+    from offloadd.model.recipe import BuildRecipe
+
+    asked = date or (target.work.date if isinstance(target.work, BuildRecipe) else None)
+    if asked != "auto" or target.directory is None:
+        return {}
+    found, origin = release_date_of_directory(target.directory)
+    return {"released": {"date": found, "origin": origin}}
 
 
 def _plain(version: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.builder.tar import Kind, Member, TarError, TarReader
-from offloadd.errors import HostError, ProtocolError, UsageError
+from offloadd.errors import BuildFailedError, HostError, ProtocolError, UsageError
 
 MAX_BYTES = 16 << 30
 MAX_MEMBERS = 1_000_000
@@ -42,14 +42,15 @@ class OutputsReceiver:
         """Append a piece.
 
         Raises:
-            ProtocolError: it is too much, or comes after the end.
+            ProtocolError: it comes after the end.
+            BuildFailedError: it is too much.
             HostError: the disk is full.
         """
         if self.complete:
             raise ProtocolError("the guest sent more outputs after their end")
         self.size += len(piece)
         if self.size > self._max_bytes:
-            raise ProtocolError(f"the outputs are larger than {self._max_bytes} bytes")
+            raise BuildFailedError(f"the outputs are larger than {self._max_bytes} bytes")
         rest = memoryview(piece)
         try:
             while rest:

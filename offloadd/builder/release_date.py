@@ -3,7 +3,7 @@
 A build that stops working with time worked when its source was released.  What tells that date, the best first:
 
 1. the newest entry of debian/changelog;
-2. for a directory, the commit's date;
+2. for a directory, the date of its last commit;
 3. the newest file time.
 
 A date before 1980 or in the future is not believed, nor one that a packaging tool writes into all its archives: then the next
@@ -62,7 +62,7 @@ def release_date_of_sources(files: Sequence[Path], *, now: datetime | None = Non
         names = ", ".join(path.name for path in files) or "nothing that is fetched"
         raise NotFoundError(f"no release date can be found{judge.doubts()}", subject=names, hint=_HINT)
     moment, name = max(newest)
-    return ReleaseDate(moment, f"newest file in {name}{judge.doubts()}")
+    return ReleaseDate(moment, f"the newest file in {name}{judge.doubts()}")
 
 
 def release_date_of_directory(directory: Path, *, now: datetime | None = None) -> ReleaseDate:
@@ -75,9 +75,9 @@ def release_date_of_directory(directory: Path, *, now: datetime | None = None) -
     if found := judge.changelog(_entry_in_directory(directory)):
         return found
     if (moment := _commit_date(directory)) and judge.believes(moment, "the commit"):
-        return ReleaseDate(moment, f"commit's date{judge.doubts()}")
+        return ReleaseDate(moment, f"the last commit{judge.doubts()}")
     if moment := judge.newest("the directory", _tree_times(directory)):
-        return ReleaseDate(moment, f"newest file in the directory{judge.doubts()}")
+        return ReleaseDate(moment, f"the newest file in the directory{judge.doubts()}")
     raise NotFoundError(f"no release date can be found{judge.doubts()}", subject=str(directory), hint=_HINT)
 
 

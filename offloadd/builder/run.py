@@ -130,7 +130,7 @@ async def run_build(service: BuildService, job: Job, outputs: OutputsReceiver, l
         The report, also when a step failed: `exit_status` is not zero then.
     Raises:
         BuildTimeoutError: the build took or was silent for too long.
-        BuildFailedError: it succeeded, but outputs are missing; or its log is too large.
+        BuildFailedError: it succeeded, but outputs are missing or cannot be read; or its log or they are too large.
         ProtocolError: the guest did not keep to the protocol, or shows a wrong clock.
         TransientError: the service cannot be started, or the channel to it broke.
     """
@@ -250,6 +250,8 @@ class _Session:
                 self._exit(event)
             case "outputs" if self._exited:
                 self._note_missing(event.get("missing"))
+            case "error" if self._exited:
+                raise self._not_packed(clean(str(event.get("what"))[:1000]))
             case "error":
                 raise self._broken(f"the build service: {clean(str(event.get('what'))[:1000])}")
             case other:
@@ -312,6 +314,13 @@ class _Session:
             what = f"all steps passed, but no file matches the outputs {names}"
             raise BuildFailedError(what, hint="`outputs` in offload.yaml")
         self._done = True
+
+    def _not_packed(self, why: str) -> BuildFailedError:
+        """What a build has left is its own doing: files that it may not read itself, names without end."""
+        if status := self.report.exit_status:
+            step = f"step {self.report.failed_step} of {len(self._job.steps)} failed with exit status {status}"
+            return BuildFailedError(f"{step}, and its directory cannot be sent: {why}")
+        return BuildFailedError(f"all steps passed, but the outputs cannot be sent: {why}")
 
     def _broken(self, what: str, *, error: type[ProtocolError] | type[SshError] = ProtocolError) -> ProtocolError | SshError:
         return error(what, detail=clean(self._stderr.decode(errors="replace")))

@@ -80,6 +80,9 @@ class Dispatcher:
 
         facts = await self._survey.facts(library.machines, worth=worth)
         facts |= {name: replace(facts[name], fault="it has failed this build already") for name in without if name in facts}
+        # While we looked others may have taken slots; from here to the slot nobody else can.
+        stale = ((name, known, self.slots.busy(name)) for name, known in facts.items())
+        facts |= {name: replace(known, busy=busy) for name, known, busy in stale if known.busy != busy}
         decision = find_route(needs, library.machines.values(), facts, time.time())
         return decision, {name: known.emulation for name, known in facts.items()}
 
@@ -99,21 +102,26 @@ class Dispatcher:
         with ExitStack() as held:
             with self.slots.ticket() as ticket:
                 told = ""
+
+                def tell(what: str) -> None:
+                    nonlocal told
+                    if told != what:
+                        told = what
+                        waiting(what)
+
                 while True:
                     decision, emulations = await self._decide(needs, without)
                     if not decision.candidates and (retry_at := decision.retry_at) is not None:
                         # The build was taken when one of them could: that it is being left alone is no reason to fail.
-                        waiting("a machine that is left alone after failures")
+                        tell("a machine that is left alone after failures")
                         with trio.move_on_after(max(retry_at - time.time(), 0.0)):
-                            await ticket.wait()
+                            await self.slots.wait_for_any(ticket)
                         continue
                     machine = decision.best()
                     if self.slots.may_take(ticket, machine.name, machine.parallel_builds):
                         break
-                    if told != machine.name:
-                        told = machine.name
-                        waiting(f"a slot on {machine.name}")
-                    await ticket.wait()
+                    tell(f"a slot on {machine.name}")
+                    await self.slots.wait(ticket)
                 held.enter_context(self.slots.take(machine.name))
             try:
                 yield Assignment(machine=machine, decision=decision, emulation=emulations[machine.name])

@@ -7,7 +7,7 @@ emulation goes once to a machine with a kernel of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,21 +138,22 @@ class Performer:
         active.result |= _describe(work)
         remembered = self.shop.database.quirk(active.request.name, active.system)
         quirk, tried = remembered.reason if remembered else "", dict[str, OffloadError]()
+        fault: EmulatorFault | None = None
         while True:
             try:
                 await self._try(active, work, quirk, tried)
             except NoMachineError as exc:
                 # The first failure says more than that nobody is left.
-                raise next(iter(tried.values()), exc) from None
+                raise next(iter(tried.values()), fault or exc) from None
             except EmulatorFault as exc:
-                if quirk or not await self._has_full_emulation(work, exc.what):
+                if quirk or not await self._has_full_emulation(work, exc.what, tried):
                     raise
-                quirk = exc.what
+                fault, quirk = exc, exc.what
                 active.tell(f"{quirk}: trying once more in a machine with a kernel of its own")
                 active.result["retried"] = quirk
                 self.move(active, BuildState.PREPARING)
             except MACHINE_FAULTS as exc:
-                if "clock" in active.result or not exc.subject:
+                if "clock" in active.result:
                     raise
                 active.tell(f"{exc}; trying the next machine")
                 self.move(active, BuildState.PREPARING)
@@ -161,8 +162,8 @@ class Performer:
                     self.shop.database.add_quirk(active.request.name, active.system, quirk, active.id)
                 return
 
-    async def _has_full_emulation(self, work: Work, quirk: str) -> bool:
-        decision = await self.dispatcher.decide(work.needs(quirk))
+    async def _has_full_emulation(self, work: Work, quirk: str, tried: Collection[str]) -> bool:
+        decision = await self.dispatcher.decide(work.needs(quirk), without=tried)
         return bool(decision.candidates)
 
     async def _try(self, active: ActiveBuild, work: Work, quirk: str, tried: dict[str, OffloadError]) -> None:
@@ -179,6 +180,7 @@ class Performer:
             try:
                 await self._build_on(active, work, assignment)
             except MACHINE_FAULTS as exc:
+                exc.subject = exc.subject or machine.name
                 tried[machine.name] = exc
                 raise
 

@@ -23,6 +23,7 @@ from offloadd.host import native_systems, systems_of
 from offloadd.model.machine import BinfmtMachine, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.state import MachineMode
 from offloadd.model.system import SYSTEMS
+from offloadd.nursery import open_narrow_nursery
 from offloadd.place.far_side import BWRAP, measure
 from offloadd.plan.machine import default_qemu
 from offloadd.route import Emulation, MachineFacts
@@ -57,7 +58,7 @@ class Survey:
                 return
             found[name] = MachineFacts(**await self._facts(machine, here), **self._counts(name))
 
-        async with trio.open_nursery() as nursery:
+        async with open_narrow_nursery() as nursery:
             for name, machine in machines.items():
                 nursery.start_soon(look, name, machine)
         return {name: found[name] for name in machines}

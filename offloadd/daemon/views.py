@@ -195,6 +195,7 @@ def build_row(row: BuildRow) -> dict[str, Any]:
         "build": row.id,
         "name": row.name,
         "version": row.version,
+        "system": row.result.get("system"),
         "machine": row.machine,
         "state": row.state,
         "created": row.created,

@@ -242,8 +242,9 @@ async def _connect(bridge: Bridge, machine: SshMachine) -> asyncssh.SSHClientCon
     except asyncssh.PermissionDenied as exc:
         hint = f"is the public half of {machine.private_key} in ~{machine.user}/.ssh/authorized_keys there?"
         raise SshError(f"refuses our key for the user {machine.user}", subject=machine.name, hint=hint) from exc
-    except asyncssh.DisconnectError as exc:
-        # OpenSSH just closes when it has no host key of the kind that it is asked for.
+    except (asyncssh.DisconnectError, ConnectionResetError, BrokenPipeError) as exc:
+        # OpenSSH just closes when it has no host key of the kind that it is asked for; what was on its way then is answered
+        # by a reset.
         hint = f"does it have a host key of the kind {host_key.get_algorithm()}? `ssh-keyscan -p {machine.port} {machine.host}`"
         raise SshError(f"the login at {where} was broken off: {_words(exc)}", subject=machine.name, hint=hint) from exc
     except OSError as exc:

@@ -45,11 +45,11 @@ Feature = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._+-]
 """A label that a build may require and a machine may offer."""
 
 Text = Annotated[str, BeforeValidator(quoted_text), AfterValidator(portable_text)]
-Date = Annotated[datetime, BeforeValidator(parse_date), PlainSerializer(format_date, return_type=str)]
+Date = Annotated[datetime, BeforeValidator(lambda value: parse_date(value)), PlainSerializer(format_date, return_type=str)]
 
 
 def _parse_build_date(text: object) -> object:
-    return text if text == "auto" else parse_date(text)
+    return text if text == "auto" else parse_date(text, more=", or auto for the day of the source's release")
 
 
 def _format_build_date(date: datetime | str) -> str:

@@ -34,40 +34,39 @@ _AGO = re.compile(r"(\d+)\s+(second|minute|hour|day|week|month|year)s?\s+ago")
 _AGO_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
 
 
-def parse_date(text: object) -> datetime:
+def parse_date(text: object, *, more: str = "") -> datetime:
     """`2020-01-01`, `2020-01-01T12:00[:00][Z|+01:00]`, `@SECONDS`, `2 years ago` or `now` as a date in UTC.
 
+    Args:
+        more: what else may be written in this place, for the message.
     Raises:
         ValueError: it is none of these, or before 1970.
     """
-    if isinstance(text, datetime):
-        moment = text
-    elif isinstance(text, date):
-        moment = datetime(text.year, text.month, text.day)
-    elif isinstance(text, str):
-        moment = _parse_text(text.strip())
-    else:
-        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}")
     try:
+        moment = _moment(text)
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:  # the first or the last day of all, in another time zone
-        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}") from None
+    except (ValueError, OverflowError, OSError):  # also the first or the last day of all, in another time zone
+        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}{more}") from None
     if moment < EPOCH:
         raise ValueError(f"{moment:%Y-%m-%d} is before 1970, where a machine's clock starts")
     return moment.replace(microsecond=0)
 
 
-def _parse_text(text: str) -> datetime:
+def _moment(value: object) -> datetime:
+    if isinstance(value, datetime):
+        return value
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day)
+    if not isinstance(value, str):
+        raise ValueError
+    text = value.strip()
     if text in ("now", "today"):
         return datetime.now(UTC)
-    try:
-        if match := _AGO.fullmatch(text):
-            return _ago(int(match[1]), match[2])
-        if text.startswith("@"):
-            return datetime.fromtimestamp(int(text[1:]), UTC)
-        return datetime.fromisoformat(text)
-    except (ValueError, OverflowError, OSError):
-        raise ValueError(f"{text!r} is not a date: {_DATE_HINT}") from None
+    if match := _AGO.fullmatch(text):
+        return _ago(int(match[1]), match[2])
+    if text.startswith("@"):
+        return datetime.fromtimestamp(int(text[1:]), UTC)
+    return datetime.fromisoformat(text)
 
 
 def _ago(count: int, unit: str) -> datetime:

@@ -20,6 +20,7 @@ from offloadd.cache import as_mapped_root
 from offloadd.errors import HostError
 from offloadd.nursery import open_narrow_nursery
 from offloadd.paths import make_private, shipped
+from offloadd.place.limits import limit_processes
 from offloadd.place.place import Place
 from offloadd.place.stuck import watch_stuck
 from offloadd.process import program_environment
@@ -109,6 +110,8 @@ class LocalService:
         with build_user() as user:
             process = LocalProcess(await _start(self._argv(user)))
             try:
+                # It has not been told what to do yet.
+                limit_processes(process.pid)
                 async with open_narrow_nursery() as nursery:
                     if self._stuck_timeout_s is not None:
                         nursery.start_soon(watch_stuck, process.pid, self._stuck_timeout_s, lambda: process.last_activity)

@@ -113,6 +113,11 @@ class Decision:
         reasons = {machine.name: tell(self.question, machine, known) for tell, machine, known in self.obstacles}
         return dict(sorted(reasons.items()))
 
+    @cached_property
+    def unrelated(self) -> tuple[str, ...]:
+        """The names of those that are passed over because they build for other system types."""
+        return tuple(sorted(machine.name for tell, machine, _ in self.obstacles if tell is tell_system))
+
     @property
     def retry_at(self) -> float | None:
         """When a machine that is only left alone for a while may be tried, in seconds since 1970.
@@ -127,12 +132,13 @@ class Decision:
         """The first candidate.
 
         Raises:
-            NoMachineError: there is none; with every reason, first that of the machine that was asked for.
+            NoMachineError: there is none; with every reason, first that of the machine that was asked for, last
+                those of machines for other system types.
         """
         if self.ranked:
             return self.ranked[0][1]
         asked = self.needs.machine
-        names = sorted(self.passed_over, key=lambda name: (name != asked, name))
+        names = sorted(self.passed_over, key=lambda name: (name != asked, name in self.unrelated, name))
         detail = "\n".join(f"{name}: {self.passed_over[name]}" for name in names)
         what = f"{asked} cannot do this build" if asked else "no machine can do this build"
         raise NoMachineError(what, subject=self.needs.name, detail=detail, hint=self._hint())
@@ -158,6 +164,8 @@ class Decision:
             "machine": self.ranked[0][1].name if self.ranked else None,
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "passed_over": dict(self.passed_over),
+            "kinds": {machine.name: machine.kind for _, machine, _ in sorted(self.obstacles, key=_by_name)},
+            "unrelated": [*self.unrelated],
         }
 
 
@@ -183,6 +191,10 @@ def find_route(needs: Needs, machines: Iterable[Machine], facts: Mapping[str, Ma
 
 
 _by_cost = itemgetter(0)
+
+
+def _by_name(obstacle: _Obstacle) -> str:
+    return obstacle[1].name
 
 
 def _cost(question: Question, machine: Machine, known: MachineFacts) -> _Parts:

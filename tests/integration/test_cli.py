@@ -253,6 +253,75 @@ def test_a_source_that_cannot_be_sent_cancels_the_build(daemon: StubDaemon) -> N
     assert f"POST /v1/builds/{BUILD}/cancel" in daemon.asked
 
 
+def decision(system: str, machine: str | None) -> dict[str, Any]:
+    return {
+        "system": system,
+        "machine": machine,
+        "candidates": [{"machine": machine, "kind": "local", "why": "native"}] if machine else [],
+        "passed_over": {"tower": "is drained"},
+        "kinds": {"tower": "ssh"},
+        "unrelated": [],
+    }
+
+
+def test_explain_is_one_document(daemon: StubDaemon) -> None:
+    daemon.answers["POST /v1/route"] = decision("x86_64-linux", "local")
+    arguments = ("build", "--explain", "p", "-s", "amd64")
+    out, _ = daemon.run(*arguments, "--json", "--", "make")
+    assert json.loads(out)["machine"] == "local"
+    out, _ = daemon.run(*arguments, "-s", "i386", "--json", "--", "make")
+    assert [told["machine"] for told in json.loads(out)] == ["local", "local"]
+    out, _ = daemon.run(*arguments, "--", "make")
+    assert out.splitlines() == [
+        "x86_64-linux: local",
+        "RANK  MACHINE  KIND   WHY",
+        "1     local    local  native",
+        "-     tower    ssh    no: is drained",
+    ]
+    daemon.answers["POST /v1/route"] = decision("x86_64-linux", None)
+    daemon.run(*arguments, "--", "make", status=4)
+    daemon.run("route", "amd64", status=4)
+    assert not any("builds" in request for request in daemon.asked)
+
+
+def test_explain_tells_the_automatic_date(daemon: StubDaemon) -> None:
+    (daemon.root / "p/debian").mkdir()
+    end = " -- A <a@b.c>  Mon, 02 Jan 2012 10:00:00 +0000"
+    (daemon.root / "p/debian/changelog").write_text(f"p (1) s; urgency=low\n\n{end}\n")
+    daemon.answers["POST /v1/route"] = decision("x86_64-linux", "local")
+    _, err = daemon.run("build", "--explain", "--date", "auto", "p", "--", "make")
+    assert "the date is 2012-01-02T10:00:00Z: debian/changelog of p 1" in err
+
+
+def test_several_systems_side_by_side(daemon: StubDaemon) -> None:
+    arguments = ("build", "-s", "amd64", "-s", "i386", "-o", "out", "p")
+    out, err = daemon.run(*arguments, "--", "make")
+    assert out == "", "their logs would be mixed"
+    assert {"==> x86_64-linux: succeeded", "==> i686-linux: succeeded"} <= set(err.splitlines())
+    for system in ("x86_64-linux", "i686-linux"):
+        assert (daemon.root / "out" / system / "build.log").read_text() == "hello from the build\n"
+    out, _ = daemon.run(*arguments, "--json", "--", "make")
+    assert [told["state"] for told in json.loads(out)] == ["succeeded", "succeeded"]
+    failed = {**END, "state": "failed", "exit_status": 1, "result": {**RESULT, "state": "failed"}}
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, failed]
+    _, err = daemon.run(*arguments, "--", "make", status=1)
+    assert "  | hello from the build" in err
+
+
+def test_an_interrupt_cancels_all_of_them(daemon: StubDaemon) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]
+    process = daemon.start("build", "-s", "amd64", "-s", "i386", "-o", "out", "p", "--", "make")
+    follow = f"GET /v1/builds/{BUILD}/events"
+    deadline = time.monotonic() + 20
+    while daemon.asked.count(follow) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert daemon.asked.count(f"POST /v1/builds/{BUILD}/cancel") >= 2
+
+
 def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> None:
     (daemon.root / "p/offload.yaml").write_text("steps: make\ncolour: red\n")
     _, err = daemon.run("build", "p", status=3)
@@ -263,7 +332,7 @@ def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> Non
     daemon.run("build", "./nowhere", status=5)
     daemon.run("build", "-s", "arm46", "p", "--", "make", status=2)
     daemon.run("build", "--no-check", "p", "--", "make", status=2)
-    daemon.run("route", "arm46", status=2)
+    assert "SYSTEM: unknown system type 'arm46'" in daemon.run("route", "arm46", status=2)[1]
     daemon.run("build", "-o", "p", "p", "--", "make", status=2)
     daemon.run("nonsense", status=2)
     daemon.run("vm", "exec", "vm", status=2)

@@ -191,8 +191,8 @@ def test_commit_date(tmp_path: Path) -> None:
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "one"]):
         subprocess.run(["git", *command], cwd=project, env=env, check=True)
     moment = datetime(2021, 5, 4, 3, 2, 1, tzinfo=UTC)
-    assert release_date_of_directory(project) == (moment, "commit's date")
-    assert release_date_of_directory(project / "sub") == (moment, "commit's date")
+    assert release_date_of_directory(project) == (moment, "the last commit")
+    assert release_date_of_directory(project / "sub") == (moment, "the last commit")
     # What no commit knows has only its files' times.
     (project / "new").mkdir()
     (project / "new/a").write_text("a")

@@ -25,7 +25,7 @@ from offloadd.environment.root import RootStore
 from offloadd.environment.store import Environment, EnvironmentStore
 from offloadd.errors import EmulatorFault, HostError, NotAllowedError, ProtocolError, SshError
 from offloadd.model.system import SYSTEMS
-from offloadd.place import local
+from offloadd.place import limits, local
 from offloadd.place.local import LocalService, open_local_place
 from offloadd.spare_user import FIRST_UID, LAST_UID
 
@@ -280,6 +280,15 @@ async def test_a_hostile_build(host: Host) -> None:
     assert "wrote to" not in host.log
     assert processes_named(mark(7400)) == []
     assert tree(host.root) == before
+    host.assert_nothing_left()
+
+
+async def test_processes_without_end(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_most", lambda root: iter([100]))
+    many = f"for n in $(seq 300); do sleep {mark(7500)} & done; echo all of them"
+    await host.build(many)
+    assert "all of them" not in host.log
+    assert "fork" in host.log
     host.assert_nothing_left()
 
 

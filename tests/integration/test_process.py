@@ -60,6 +60,18 @@ async def test_a_failure_has_the_last_lines() -> None:
     assert len(caught.value.detail.splitlines()) == 15
 
 
+async def test_who_cannot_take_a_line_ends_the_program() -> None:
+    pids: list[int] = []
+
+    def on_line(line: str) -> None:
+        pids.append(int(line))
+        raise OSError(28, "No space left on device")
+
+    with trio.fail_after(10), pytest.raises(OSError, match="No space left"):
+        await run_program(["sh", "-c", "echo $$; sleep 100"], on_line=on_line)
+    await wait_gone(pids[0])
+
+
 async def test_death_by_signal_is_named() -> None:
     with pytest.raises(HostError, match="SIGKILL"):
         await run_program(["sh", "-c", "kill -KILL $$"])

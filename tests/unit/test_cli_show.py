@@ -12,6 +12,7 @@ from offload_cli.result import Result
 from offload_cli.show import (
     ago,
     build_summary,
+    builds_table,
     cpu,
     fields,
     guest_clock,
@@ -189,3 +190,34 @@ def test_summary_of_a_failure_that_was_kept() -> None:
     )
     assert "/o/failed (1 file, 0 B)" in lines[-1]
     assert "which was running" in lines[2]
+
+
+def test_the_last_column_is_broken_to_fit_the_terminal() -> None:
+    rows = [["a", "one two three four five six seven eight"], ["b", "/a/path/that/is/longer/than/what/is/left/of/it"]]
+    assert table(["A", "WHY"], rows, 34).splitlines() == [
+        "A  WHY",
+        "a  one two three four five six",
+        "   seven eight",
+        "b  /a/path/that/is/longer/than/what/is/left/of/it",
+    ]
+    assert len(table(["A", "WHY"], rows).splitlines()) == 3
+
+
+def test_builds_on_a_narrow_terminal() -> None:
+    row = {
+        "build": "0a1b2c3d",
+        "name": "hello",
+        "version": "2.10-3",
+        "state": "succeeded",
+        "system": "powerpc64le-linux",
+        "machine": "emulated-ppc64le",
+        "date": "2020-01-01T00:00:00Z",
+        "duration_s": 61.0,
+        "created": NOW.timestamp() - 60,
+    }
+    whole = builds_table([row, {**row, "system": None, "machine": ""}], NOW.timestamp())
+    assert whole.split()[:4] == ["BUILD", "NAME", "STATE", "SYSTEM"]
+    assert "2020-01-01T00:00:00Z" in whole
+    narrow = builds_table([row], NOW.timestamp(), 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "powerpc64le-linux" in narrow

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offload_cli.build import _systems
 from offload_cli.request import Changes
 from offload_cli.route import decision_table
-from offload_cli.target import DebianOptions, find_target
+from offload_cli.target import DebianOptions, find_target, released
 from offloadd.errors import NotFoundError, OffloadError, UsageError
 from offloadd.model.recipe import BuildRecipe, DebianBuild
 
@@ -107,18 +109,56 @@ def test_requirements_reach_the_recipe(here: Path) -> None:
     assert (target.work.features, target.work.network, target.work.suite) == (("kvm", "big"), True, "trixie")
 
 
-def test_the_decision_as_a_table() -> None:
-    decision = {
+def decision(**changes: Any) -> dict[str, Any]:
+    return {
         "system": "aarch64-linux",
         "machine": "binfmt",
         "candidates": [{"machine": "binfmt", "kind": "binfmt", "why": "user emulation"}],
-        "passed_over": {"local": "builds x86_64-linux, not aarch64-linux"},
+        "passed_over": {"arm": "is drained", "build-vm": "builds x86", "local": "builds x86_64-linux, not aarch64-linux"},
+        "kinds": {"arm": "ssh", "build-vm": "build-vm", "local": "local"},
+        "unrelated": ["build-vm", "local"],
+        **changes,
     }
-    assert decision_table(decision).splitlines() == [
+
+
+def test_the_decision_as_a_table() -> None:
+    assert decision_table(decision()).splitlines() == [
         "aarch64-linux: binfmt",
         "RANK  MACHINE  KIND    WHY",
         "1     binfmt   binfmt  user emulation",
-        "-     local            no: builds x86_64-linux, not aarch64-linux",
+        "-     arm      ssh     no: is drained",
+        "not for aarch64-linux: build-vm, local",
     ]
-    nobody = {**decision, "machine": None, "candidates": []}
-    assert decision_table(nobody).startswith("aarch64-linux: no machine can do this build\n")
+    nobody = decision(machine=None, candidates=[], passed_over={"local": "builds x86"}, unrelated=["local"])
+    assert decision_table(nobody).splitlines() == [
+        "aarch64-linux: no machine can do this build",
+        "not for aarch64-linux: local",
+    ]
+
+
+def test_a_decision_fits_the_terminal() -> None:
+    why = "qemu-user does not build it right since a long time ago (to try it again: offload quirks forget hello)"
+    many = [f"emulated-{number}" for number in range(20)]
+    shown = decision_table(decision(passed_over={"arm": why} | dict.fromkeys(many, "no"), unrelated=many), 80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"no: {why}" in " ".join(shown.split())
+    assert " ".join(shown.split()).endswith(", ".join(many))
+
+
+def test_words_that_are_neither_a_directory_nor_a_package(here: Path) -> None:
+    with pytest.raises(NotFoundError, match="no Debian package is called so") as caught:
+        find_target("Hello", Changes(), DebianOptions())
+    assert "lower case" in caught.value.hint
+    with pytest.raises(NotFoundError, match="no such directory"):
+        find_target("./Hello", Changes(), DebianOptions())
+
+
+def test_the_date_of_a_directory(here: Path) -> None:
+    project(here, "")
+    (here / "debian").mkdir()
+    (here / "debian/changelog").write_text("p (1) s; urgency=low\n\n -- A <a@b.c>  Mon, 02 Jan 2012 10:00:00 +0000\n")
+    target = find_target(None, Changes(), DebianOptions())
+    found = released(target, "auto")["released"]
+    assert (found["date"], found["origin"]) == (datetime(2012, 1, 2, 10, tzinfo=UTC), "debian/changelog of p 1")
+    assert released(target, "2020-01-01") == {}
+    assert released(find_target("hello", Changes(), DebianOptions()), "auto") == {}

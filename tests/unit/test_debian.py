@@ -12,6 +12,7 @@ from offloadd.debian import (
     choose_mirrors,
     find_keyring,
     installed_packages,
+    lacks_suite,
     missing_packages,
     parse_indexes,
     without_broken,
@@ -190,3 +191,10 @@ UPDATES, SECURITY = "http://mirror.example/debian", "http://mirror.example/debia
 def test_mirrors_that_are_broken(said: list[str], left: list[str]) -> None:
     mirrors = choose_mirrors("bookworm", parse_indexes(URIS))
     assert [mirror.suite for mirror in without_broken(mirrors, "bookworm", said)] == left
+
+
+def test_a_mirror_without_the_suite_is_not_one_that_does_not_answer() -> None:
+    assert lacks_suite(
+        "Reading package lists...\nE: The repository 'http://mirror/debian bookwrm Release' does not have a Release file.\n"
+    )
+    assert not lacks_suite("W: Failed to fetch http://mirror/debian/dists/bookworm/InRelease  Could not connect to mirror:80\n")

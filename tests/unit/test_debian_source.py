@@ -142,7 +142,7 @@ def test_options() -> None:
     assert recipe.env["DEB_BUILD_PROFILES"] == "nocheck"
 
 
-@pytest.mark.parametrize("released", [None, ReleaseDate(RELEASED.date, "newest file in x.tar.gz")])
+@pytest.mark.parametrize("released", [None, ReleaseDate(RELEASED.date, "the newest file in x.tar.gz")])
 def test_only_the_changelog_gives_the_epoch(released: ReleaseDate | None) -> None:
     assert "SOURCE_DATE_EPOCH" not in recipe_of(released=released).env
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offloadd.builder.outputs import Unpacked, leads_out, open_outputs_receiver, unpack_outputs
-from offloadd.errors import HostError, ProtocolError, UsageError
+from offloadd.errors import BuildFailedError, HostError, ProtocolError, UsageError
 
 
 def info(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:
@@ -233,7 +233,7 @@ def test_pieces_are_kept_until_the_end(tmp_path: Path) -> None:
 def test_too_much(tmp_path: Path) -> None:
     with open_outputs_receiver(tmp_path / "o.tar", max_bytes=10) as receiver:
         receiver.write(bytes(10))
-        with pytest.raises(ProtocolError, match="larger than 10 bytes"):
+        with pytest.raises(BuildFailedError, match="larger than 10 bytes"):
             receiver.write(b"x")
     assert (tmp_path / "o.tar").stat().st_size == 10
 

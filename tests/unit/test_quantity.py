@@ -7,7 +7,9 @@ from datetime import UTC, date, datetime, timedelta, timezone
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from offloadd.model.base import BuildDate
 from offloadd.model.quantity import (
     LAST_MOMENT,
     check_clock_holds,
@@ -154,3 +156,11 @@ def test_the_nearest_names() -> None:
     assert nearest("haswell", ["Haswell", "z13", "486"]) == "did you mean Haswell?"
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
     assert nearest("zzz", []) == "there is none"
+
+
+def test_a_build_date_may_be_automatic_and_the_message_says_so() -> None:
+    with pytest.raises(ValueError, match=r"2 years ago or now, or auto for"):
+        TypeAdapter(BuildDate).validate_python("yesterday")
+    assert TypeAdapter(BuildDate).validate_python("auto") == "auto"
+    with pytest.raises(ValueError, match=r"2 years ago or now$"):
+        parse_date("yesterday")

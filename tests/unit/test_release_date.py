@@ -53,7 +53,7 @@ def make_dsc(*files: Path) -> list[Path]:
 @pytest.mark.parametrize("name", ["foo-1.0.tar", "foo-1.0.tar.gz", "foo-1.0.tar.bz2", "foo-1.0.tar.xz"])
 def test_newest_file_of_a_tarball(tmp_path: Path, name: str) -> None:
     path = make_tar(tmp_path / name, {"a": (b"x", at(RELEASED) - 5), "b": (b"y" * 100_000, at(RELEASED)), "c": (b"", 86400)})
-    assert release_date_of_sources([path], now=NOW) == (RELEASED, f"newest file in {name}")
+    assert release_date_of_sources([path], now=NOW) == (RELEASED, f"the newest file in {name}")
 
 
 def test_newest_of_several_archives(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_newest_of_several_archives(tmp_path: Path) -> None:
     new = make_tar(tmp_path / "new.tar.xz", {"a": (b"x", at(RELEASED))})
     text = tmp_path / "fix.patch"
     text.write_text("no archive")
-    assert release_date_of_sources([old, text, new], now=NOW) == (RELEASED, "newest file in new.tar.xz")
+    assert release_date_of_sources([old, text, new], now=NOW) == (RELEASED, "the newest file in new.tar.xz")
 
 
 def test_zip(tmp_path: Path) -> None:
@@ -102,7 +102,9 @@ def test_changelog_from_the_future_is_not_believed(tmp_path: Path) -> None:
     files = make_dsc(make_tar(tmp_path / "foo_1.0-1.debian.tar.xz", {"debian/changelog": (CHANGELOG, at(RELEASED))}))
     found = release_date_of_sources(files, now=datetime(2023, 1, 1, tzinfo=UTC))
     assert found.date == RELEASED
-    assert found.origin == ("newest file in foo_1.0-1.debian.tar.xz (debian/changelog says 2023-03-29T19:39:41Z: not believed)")
+    assert found.origin == (
+        "the newest file in foo_1.0-1.debian.tar.xz (debian/changelog says 2023-03-29T19:39:41Z: not believed)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_file_times_of_a_directory(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (moment, moment))
     found = release_date_of_directory(tmp_path, now=NOW)
     assert found.date == RELEASED
-    assert found.origin == "newest file in the directory (a file in the directory says 2026-01-01T00:00:09Z: not believed)"
+    assert found.origin == "the newest file in the directory (a file in the directory says 2026-01-01T00:00:09Z: not believed)"
 
 
 def test_empty_directory(tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_as_json() -> None:
     told = route(needs(), *known).to_json()
     assert json.loads(json.dumps(told)) == told
     assert (told["system"], told["machine"], [*told["passed_over"]]) == (X86, "a", ["b", "c"])
+    assert (told["kinds"], told["unrelated"]) == ({"b": "local", "c": "local"}, ["b", "c"])
     assert told["candidates"] == [
         {
             "machine": "a",
@@ -307,7 +308,14 @@ def test_as_json() -> None:
             "stranger": True,
         }
     ]
-    assert route(needs()).to_json() == {"system": X86, "machine": None, "candidates": [], "passed_over": {}}
+    assert route(needs()).to_json() == {
+        "system": X86,
+        "machine": None,
+        "candidates": [],
+        "passed_over": {},
+        "kinds": {},
+        "unrelated": [],
+    }
 
 
 def refusal(asked: Needs, *known: tuple[Machine, MachineFacts]) -> NoMachineError:

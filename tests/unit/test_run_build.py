@@ -294,10 +294,18 @@ async def test_a_log_without_end(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     await case.fail(BuildFailedError, "log is larger than 1 MiB", STARTED, *[encode(b"L", b"x") * 1000] * 20)
 
 
+async def test_outputs_that_cannot_be_read_are_the_build_s_doing(case: Case) -> None:
+    error = event("error", what="hello: Permission denied")
+    await case.fail(BuildFailedError, "outputs cannot be sent: hello: Permission denied", STARTED + PASSED + error)
+    ended = STARTED + event("step", index=1, count=2, command="x") + event("exit", status=2, step=1, clock=CLOCK)
+    await case.fail(BuildFailedError, "step 1 of 2 failed with exit status 2, and its dir", ended + error, keep_failed=True)
+    await case.fail(ProtocolError, "Permission denied", STARTED + error)
+
+
 async def test_outputs_without_end(case: Case) -> None:
     with (
         open_outputs_receiver(case.outputs, max_bytes=1000) as outputs,
-        pytest.raises(ProtocolError, match="larger than 1000 bytes"),
+        pytest.raises(BuildFailedError, match="larger than 1000 bytes"),
     ):
         guest = FakeGuest(STARTED + PASSED + encode(b"O", b"x" * 1001))
         await run_build(guest, case.job(), outputs, case.recorder)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from random import Random
 
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offloadd.daemon.slots import Slots
@@ -15,7 +16,7 @@ from offloadd.daemon.slots import Slots
 async def _build(slots: Slots, name: str, machine: str, limit: int, ran: list[str], *, work: float = 1.0) -> None:
     with slots.ticket() as ticket:
         while not slots.may_take(ticket, machine, limit):
-            await ticket.wait()
+            await slots.wait(ticket)
         taken = slots.take(machine)
         taken.__enter__()
     ran.append(name)
@@ -57,3 +58,64 @@ def test_all_run_and_no_machine_has_more_than_its_slots(builds: list[tuple[str, 
 
     ran = trio.run(all_of_them, clock=trio.testing.MockClock(autojump_threshold=0))
     assert sorted(ran) == sorted(str(index) for index in range(len(builds)))
+
+
+LIMITS = {"a": 1, "b": 2, "c": 1}
+
+
+class Crowd:
+    """Builds that can go to several machines and change their minds about which of them is the best."""
+
+    def __init__(self, chance: Random) -> None:
+        self.slots = Slots()
+        self.disliked = ""
+        self.waiting: dict[int, frozenset[str]] = {}
+        self._chance = chance
+
+    async def build(self, name: int, able: frozenset[str]) -> None:
+        slots = self.slots
+        with slots.ticket() as ticket:
+            self.waiting[name] = able
+            while True:
+                await trio.sleep(0.001 * self._chance.random())
+                machine = min(able, key=lambda m: (m == self.disliked, slots.busy(m) >= LIMITS[m], m))
+                if slots.may_take(ticket, machine, LIMITS[machine]):
+                    break
+                await slots.wait(ticket)
+            del self.waiting[name]
+            taken = slots.take(machine)
+            taken.__enter__()
+        await trio.sleep(self._chance.choice([0.3, 2, 7]))
+        taken.__exit__(None, None, None)
+
+    def idle(self) -> frozenset[str]:
+        return frozenset(machine for machine, limit in LIMITS.items() if self.slots.busy(machine) < limit)
+
+    async def watch(self) -> None:
+        while True:
+            await trio.sleep(0.5)
+            disliked, idle = self.disliked, self.idle()
+            await trio.sleep(0.1)
+            if disliked == self.disliked:
+                wanted = [able - {disliked} or able for able in self.waiting.values()]
+                assert not any(idle & self.idle() & able for able in wanted)
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=30)
+def test_no_slot_stays_free_that_somebody_would_take(chance: Random) -> None:
+    async def all_of_them() -> None:
+        crowd = Crowd(chance)
+        async with trio.open_nursery() as watching:
+            watching.start_soon(crowd.watch)
+            with trio.fail_after(3000):
+                async with trio.open_nursery() as nursery:
+                    for name in range(25):
+                        nursery.start_soon(crowd.build, name, frozenset(chance.sample("abc", chance.randint(1, 3))))
+                        await trio.sleep(chance.random())
+                        if chance.random() < 0.2:
+                            crowd.disliked = chance.choice("abc")
+                            crowd.slots.wake_all()
+            watching.cancel_scope.cancel()
+
+    trio.run(all_of_them, clock=trio.testing.MockClock(autojump_threshold=0))

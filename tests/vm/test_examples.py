@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,16 @@ def test_time_trap_fails_outside_its_time(world: World, tmp_path: Path, date: st
     assert not (tmp_path / "out/dist").exists()
 
 
-def test_holidays_passes_in_2019(world: World, tmp_path: Path) -> None:
-    done = world.run("build", "-o", tmp_path / "out", EXAMPLES / "holidays")
+def test_holidays_passes_in_2019_and_fails_on_new_years_day_of_2020(world: World, tmp_path: Path) -> None:
+    # Side by side: each uses one core.
+    world.machine("pair", "parallel-builds: 2\nport-forwardings: {12722: 22, 12744: 1004}\n")
+    options = ("build", "--machine", "pair")
+    with ThreadPoolExecutor() as pool:
+        passes = pool.submit(world.run, *options, "-o", tmp_path / "out", EXAMPLES / "holidays")
+        fails = pool.submit(
+            world.run, *options, "--date", "2020-01-01", "-o", tmp_path / "late", EXAMPLES / "holidays", status=1
+        )
 
-    assert "Ran 456 tests" in done.stdout
+    assert "Ran 456 tests" in passes.result().stdout
     assert list((tmp_path / "out").rglob("holidays-0.9.11*.whl"))
-
-
-def test_holidays_fails_on_new_years_day_of_2020(world: World, tmp_path: Path) -> None:
-    done = world.run("build", "--date", "2020-01-01", "-o", tmp_path / "out", EXAMPLES / "holidays", status=1)
-
-    assert "FAILED (failures=3)" in done.stdout
+    assert "FAILED (failures=3)" in fails.result().stdout
