@@ -11,14 +11,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from offloadd.binfmt.status import find_usable, read_status
 from offloadd.host import native_systems
+
+if TYPE_CHECKING:
+    from tests.long import LongBuilds
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -147,9 +151,31 @@ def has_open_below(pid: int, folder: Path) -> bool:
     return any(link.startswith(f"{folder}/") for link in links)
 
 
+@pytest.fixture(scope="session")
+def long(binfmt: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LongBuilds]:
+    """The long builds, in a world of their own."""
+    from tests.long import start_long_builds
+
+    with _open_worlds() as make, start_long_builds(make(), tmp_path_factory.mktemp("long")) as builds:
+        yield builds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def head_start(request: pytest.FixtureRequest) -> None:
+    """Start the long builds before anything else, when a test of this session asks for them."""
+    if any("long" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("long")
+
+
 @pytest.fixture(scope="module")
 def make_world() -> Iterator[Callable[[], World]]:
     """Make worlds; they end with the module."""
+    with _open_worlds() as make:
+        yield make
+
+
+@contextmanager
+def _open_worlds() -> Iterator[Callable[[], World]]:
     worlds: list[World] = []
 
     def make() -> World:
@@ -159,9 +185,11 @@ def make_world() -> Iterator[Callable[[], World]]:
         worlds.append(World(root, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")))
         return worlds[-1]
 
-    yield make
-    for world in worlds:
-        world.close()
+    try:
+        yield make
+    finally:
+        for world in worlds:
+            world.close()
 
 
 @pytest.fixture(scope="module")
