@@ -16,7 +16,7 @@ from offloadd.config.load import check_document, parse_value
 from offloadd.config.shelf import Shelf
 from offloadd.errors import ConfigError, NotFoundError, error_from_json
 from offloadd.model.image import ImageRecipe
-from offloadd.model.machine import BuildVm, EmulatedVm
+from offloadd.model.machine import BuildVm, EmulatedVm, SshMachine
 from offloadd.model.recipe import BuildRecipe
 from offloadd.paths import shipped
 
@@ -429,3 +429,9 @@ def test_the_shelf_reads_what_has_not_changed_once(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
     shelf = Shelf([tmp_path])
     assert shelf.library() is shelf.library()
+
+
+def test_the_example_of_a_remote_host_is_right() -> None:
+    text = (shipped() / "machines/ssh.yaml.example").read_text().replace("AAAA...", "AAAAC3NzaC1lZDI1NTE5AAAAIA==")
+    machine = parse_value("name: arm\n" + text, "ssh.yaml.example", SshMachine)
+    assert (machine.host, machine.port, machine.systems) == ("arm.example.org", 22, ("aarch64-linux",))
