@@ -14,9 +14,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -96,11 +97,11 @@ class PrivateApt:
             return await self._ask_once(argv, cwd)
         except (NotFoundError, FetchError):
             # Lists that are an hour old name files that the mirror has replaced.
-            if not await self.refresh(progress, _JUST_UPDATED_S):
+            if not await self.refresh(progress):
                 raise
             return await self._ask_once(argv, cwd)
 
-    async def refresh(self, progress: Progress, max_age_s: float) -> bool:
+    async def refresh(self, progress: Progress, max_age_s: float = _JUST_UPDATED_S) -> bool:
         """Update the lists unless they are younger than `max_age_s`; whether they are others than before.
 
         Raises:
@@ -220,6 +221,22 @@ class PrivateApt:
             yield
         finally:
             os.close(lock)
+
+
+def drop_old_lists(root: Path, max_age_s: float) -> None:
+    """Empty the lists that nobody has updated for `max_age_s`; they take some 100 MB each.  Blocks.
+
+    Args:
+        root: the folder of all private apts.
+    """
+    for updated in root.glob("*/updated"):
+        with suppress(OSError), (updated.parent / "lock").open("r+") as lock:
+            # Somebody who uses them just now keeps them.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - updated.stat().st_mtime > max_age_s:
+                updated.unlink()
+                for folder in ("lists", "archives"):
+                    shutil.rmtree(updated.parent / folder, ignore_errors=True)
 
 
 def _find_keyrings() -> list[Path]:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import trio
 
-from offloadd.builder.apt import PrivateApt, parse_installs
+from offloadd.builder.apt import PrivateApt, drop_old_lists, parse_installs
 from offloadd.builder.dsc import MAX_DSC_BYTES, Dsc, DscFile, parse_dsc
 from offloadd.builder.kept import find_kept, open_partial, sweep
 from offloadd.builder.source_index import read_index
@@ -118,6 +118,14 @@ class Archive:
                 subject=f"{package.source} {package.version}",
                 detail=words,
             ) from exc
+
+    async def refresh(self, architecture: str, progress: Progress) -> None:
+        """Ask for the newest lists: what was resolved is gone from the mirrors."""
+        await self._apt(architecture).refresh(progress)
+
+    def drop_old_lists(self, max_age_s: float) -> None:
+        """Of all suites; see `offloadd.builder.apt`.  Blocks."""
+        drop_old_lists(self._folder / "apt", max_age_s)
 
     def _apt(self, architecture: str | None) -> PrivateApt:
         return PrivateApt(self._folder / "apt", self.suite, architecture, mirror=self._mirror)

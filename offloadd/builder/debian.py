@@ -45,7 +45,14 @@ class DebianSource:
 
 
 async def prepare_debian(
-    build: DebianBuild, system: str, *, sent: Path | None, cache: Path, progress: Progress, mirror: str | None = None
+    build: DebianBuild,
+    system: str,
+    *,
+    sent: Path | None,
+    cache: Path,
+    progress: Progress,
+    mirror: str | None = None,
+    fresh: bool = False,
 ) -> DebianSource:
     """Fetch (or take) the source package, and find out what its build needs.  Nothing of the package runs.
 
@@ -54,6 +61,7 @@ async def prepare_debian(
         sent: the tar that came with the request, which holds the .dsc and its files when `build.dsc` names one.
         cache: the folder of all caches.
         mirror: a URI; None for those of the host's apt configuration.
+        fresh: ask for the newest package lists first.
     Raises:
         NotFoundError: the suite has no such package, or build dependencies cannot be met.
         NoMachineError: the package is not for this architecture.
@@ -66,6 +74,8 @@ async def prepare_debian(
     package = await _find_package(build, archive, sent, progress, lambda dsc: check_architecture(dsc, architecture))
     progress(f"finding the build dependencies of {package.dsc.source} {package.dsc.version} for {architecture}", None)
     profiles = () if build.check else ("nocheck",)
+    if fresh:
+        await archive.refresh(architecture, progress)
     packages = await archive.resolve(package.dsc, package.files[0], architecture, profiles=profiles, progress=progress)
     released = await trio.to_thread.run_sync(_released, package)
     return DebianSource(

@@ -25,7 +25,7 @@ from offloadd.daemon.machines import Machines
 from offloadd.daemon.work import Work, find_work
 from offloadd.daemon.workshop import Workshop
 from offloadd.environment.store import Environment
-from offloadd.errors import BuildFailedError, EmulatorFault, NoMachineError, OffloadError
+from offloadd.errors import BuildFailedError, EmulatorFault, NoMachineError, NotFoundError, OffloadError
 from offloadd.guest.open import open_guest
 from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_size
@@ -139,6 +139,7 @@ class Performer:
         remembered = self.shop.database.quirk(active.request.name, active.system)
         quirk, tried = remembered.reason if remembered else "", dict[str, OffloadError]()
         fault: EmulatorFault | None = None
+        fresh = active.request.debian is None
         while True:
             try:
                 await self._try(active, work, quirk, tried)
@@ -152,6 +153,14 @@ class Performer:
                 active.tell(f"{quirk}: trying once more in a machine with a kernel of its own")
                 active.result["retried"] = quirk
                 self.move(active, BuildState.PREPARING)
+            except NotFoundError as exc:
+                if fresh:
+                    raise
+                # The mirrors have moved on since the dependencies were resolved: other versions are there now.
+                fresh = True
+                active.tell(f"{exc}; resolving once more")
+                self.move(active, BuildState.PREPARING)
+                work = await find_work(active.request, active.system, active.source, self.shop, active.tell, fresh=True)
             except MACHINE_FAULTS as exc:
                 if "clock" in active.result:
                     raise

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import structlog
 import trio
 
+from offloadd.builder.archive import Archive
 from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.machines import Machines
@@ -22,6 +23,7 @@ from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.errors import NotAllowedError, OffloadError
 from offloadd.model.quantity import parse_date
+from offloadd.model.recipe import DEFAULT_SUITE
 from offloadd.paths import Paths
 from offloadd.vm.record import read_records
 
@@ -121,6 +123,7 @@ class Service:
     async def collect_environments(self) -> Sequence[str]:
         """Remove the environments that nobody made or built in lately and that nobody uses; the digests that went."""
         environments, now = self.workshop.environments, datetime.now(UTC)
+        await trio.to_thread.run_sync(Archive(self.workshop.paths.cache, DEFAULT_SUITE).drop_old_lists, KEEP_ENVIRONMENTS_S)
         known = await trio.to_thread.run_sync(environments.list)
         made = {found.digest for found in known if (now - parse_date(found.made)).total_seconds() < KEEP_ENVIRONMENTS_S}
         used = {

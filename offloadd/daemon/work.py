@@ -80,16 +80,19 @@ def find_needs(request: BuildRequest, system: str, date: datetime | None, *, env
     )
 
 
-async def find_work(request: BuildRequest, system: str, sent: Path, shop: Workshop, tell: Progress) -> Work:
+async def find_work(
+    request: BuildRequest, system: str, sent: Path, shop: Workshop, tell: Progress, *, fresh: bool = False
+) -> Work:
     """Fetch the sources, resolve what the package needs, find the date.  Nothing has been booted yet.
 
     Args:
         sent: the tar that came with the request.
+        fresh: with the newest package lists.
     Raises:
         OffloadError: the package or a source is not there, or cannot be built for this system.
     """
     if request.debian is not None:
-        found = await prepare_debian(request.debian, system, sent=sent, cache=shop.paths.cache, progress=tell)
+        found = await prepare_debian(request.debian, system, sent=sent, cache=shop.paths.cache, progress=tell, fresh=fresh)
         recipe, sources, version = found.recipe, found.sources, found.version
         released: ReleaseDate | None = found.released
     else:

@@ -73,7 +73,7 @@ class MachineFacts:
     running: bool = False
     """Whether a build can begin without a boot."""
     busy: int = 0
-    """Slots taken, with the builds that wait for one."""
+    """Slots taken."""
     load: float | None = None
     """For each core."""
     memory_mib: int | None = None
