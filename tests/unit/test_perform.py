@@ -24,6 +24,7 @@ from offloadd.errors import (
     EmulatorFault,
     MachineLostError,
     NoMachineError,
+    NotFoundError,
     OffloadError,
     ProtocolError,
     SshError,
@@ -56,6 +57,8 @@ class Case:
         self.outcomes: dict[str, list[tuple[bool, OffloadError | None]]] = {}
         """Whether its first step began, and how it ended."""
         self.went: list[str] = []
+        self.resolved: list[bool] = []
+        """For each time that the work was found: with the newest package lists?"""
         self.database = database
         self.active = ActiveBuild("b1", REQUEST, SYSTEM, folder, EventLog(folder / "events.ndjson"))
         database.add_build("b1", "hello", "0", {})
@@ -119,16 +122,17 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
-    async def find_work(request: BuildRequest, system: str, *_: object) -> Work:
+    async def find_work(request: BuildRequest, system: str, *_: object, fresh: bool = False) -> Work:
         await trio.lowlevel.checkpoint()
-        assert request.recipe
-        return Work(request=request, system=system, recipe=request.recipe, version="0", sources=(), date=None)
+        assert REQUEST.recipe
+        made.resolved.append(fresh)
+        return Work(request=request, system=system, recipe=REQUEST.recipe, version="0", sources=(), date=None)
 
     with open_database(tmp_path / "db") as database:
-        case = Case(tmp_path, database)
+        made = Case(tmp_path, database)
         monkeypatch.setattr(perform, "find_work", find_work)
-        monkeypatch.setattr(Performer, "_build_on", lambda *arguments: case.build_on(*arguments))
-        yield case
+        monkeypatch.setattr(Performer, "_build_on", lambda *arguments: made.build_on(*arguments))
+        yield made
 
 
 @pytest.mark.parametrize(
@@ -209,3 +213,25 @@ async def test_a_machine_that_failed_already_is_no_way_out(case: Case) -> None:
 async def test_nobody_from_the_beginning(case: Case) -> None:
     case.machines = []
     assert isinstance(await case.run(), NoMachineError)
+
+
+GONE = NotFoundError("bookworm has no debhelper=13.11.4 for arm64")
+
+
+async def test_what_the_mirrors_have_replaced_is_resolved_once_more(case: Case) -> None:
+    case.active.request = BuildRequest.model_validate({"debian": {"package": "hello"}})
+    case.outcomes["binfmt"] = [(False, GONE), (True, None)]
+    assert await case.run() is None
+    assert (case.went, case.resolved) == (["binfmt", "binfmt"], [False, True])
+
+
+async def test_but_only_once(case: Case) -> None:
+    case.active.request = BuildRequest.model_validate({"debian": {"package": "hello"}})
+    case.outcomes["binfmt"] = [(False, GONE), (False, GONE)]
+    assert await case.run() is GONE
+    assert case.resolved == [False, True]
+
+
+async def test_a_recipe_names_its_packages_itself(case: Case) -> None:
+    assert await case.run(binfmt=(False, GONE)) is GONE
+    assert (case.went, case.resolved) == (["binfmt"], [False])
