@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parent.parent
 
 
+# A run in the background, or under nohup, has these ignored, and all that it starts inherits that; tests send them.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
+
 @dataclass
 class World:
     """The directories of one user, in which `offload` is run.  Only the cache is the real user's: images are expensive."""
