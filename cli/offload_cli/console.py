@@ -35,7 +35,7 @@ def run_console(path: Path, log: Path) -> None:
             _copy(console, None)
             return
         say("connected; Ctrl-] leaves the console")
-        with _raw(source):
+        with raw_mode(source):
             left = _copy(console, source)
         say("left the console" if left else "\nthe console was closed")
 
@@ -69,7 +69,8 @@ def _connect(path: Path) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _raw(terminal: int) -> Iterator[None]:
+def raw_mode(terminal: int) -> Iterator[None]:
+    """Every key reaches whoever reads `terminal`, as it is typed."""
     before = termios.tcgetattr(terminal)
     tty.setraw(terminal)
     try:

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import termios
-import tty
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+
+from offload_cli.console import raw_mode
 
 _PIECE = 4096
 
@@ -29,7 +30,7 @@ def run_shell(argv: Sequence[str]) -> int:
         finally:
             os._exit(127)
     try:
-        with _raw(sys.stdin.fileno()), _same_size(terminal):
+        with raw_mode(sys.stdin.fileno()), _same_size(terminal):
             _copy(terminal)
     finally:
         # Its hang-up ends what is left.
@@ -50,16 +51,6 @@ def _run_plain(argv: Sequence[str]) -> int:
 
 def _status(code: int) -> int:
     return code if code >= 0 else 128 - code
-
-
-@contextmanager
-def _raw(terminal: int) -> Iterator[None]:
-    before = termios.tcgetattr(terminal)
-    tty.setraw(terminal)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
 
 
 @contextmanager
