@@ -174,7 +174,7 @@ async def test_builds_run_as_users_that_nobody_else_is(host: Host) -> None:
             nursery.start_soon(_run, each, f"b{number}", f"id -u; echo ready; sleep {mark(7200 + number)}")
             await each.wait_for_log("ready")
             assert each.log == "1000\nready\n"
-        users = [_owner(mark(7200 + number)) for number in range(2)]
+        users = [await _owner(mark(7200 + number)) for number in range(2)]
         nursery.cancel_scope.cancel()
     assert len(set(users)) == 2
     assert all(FIRST_UID <= user <= LAST_UID for user in users)
@@ -185,15 +185,18 @@ async def _run(host: Host, build: str, step: str) -> None:
     await host.build(step, build=build)
 
 
-def _owner(words: str) -> int:
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes().split(b"\0")
-            if command[0].endswith(b"sleep") and words.encode() in command:
-                return path.stat().st_uid
-        except OSError:
-            continue
-    raise AssertionError(f"no process sleeps {words}")
+async def _owner(words: str) -> int:
+    """The user of the process that sleeps; the shell says that it is ready before it starts it."""
+    with trio.fail_after(60):
+        while True:
+            for path in Path("/proc").glob("[0-9]*"):
+                try:
+                    command = (path / "cmdline").read_bytes().split(b"\0")
+                    if command[0].endswith(b"sleep") and words.encode() in command:
+                        return path.stat().st_uid
+                except OSError:
+                    continue
+            await trio.sleep(0.05)
 
 
 @pytest.mark.parametrize(("personality", "machine"), [(None, os.uname().machine), ("linux32", "i686")])
