@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from bench.login import make_login
 from bench.measure import Budget, Row, Series, in_turn, time_program
 from bench.workplace import MACHINE, Workplace
 from offloadd.process import Progress
@@ -17,7 +18,7 @@ def measure_running(place: Workplace, budget: Budget, tell: Progress) -> list[Ro
     tell("starting the machine, making the environment", None)
     place.run("vm", "start", MACHINE, limit_s=600)
     place.build()
-    argv = _ssh(place)
+    argv = [*make_login(place.ask("vm", "show", MACHINE), place.folder).ssh, "true"]
     time_program(argv)
     for number in budget.rounds():
         for name in in_turn(number, "build", "ssh"):
@@ -39,24 +40,6 @@ def measure_running(place: Workplace, budget: Budget, tell: Progress) -> list[Ro
         ),
         Row(name="list machines", compares="`offload vm list`, the daemon runs", ours=list_time),
     ]
-
-
-def _ssh(place: Workplace) -> list[str]:
-    """OpenSSH's command line for the machine: key and host key checked as ours are."""
-    machine = place.ask("vm", "show", MACHINE)
-    known_hosts = place.folder / "known_hosts"
-    known_hosts.write_text("".join(f"{MACHINE} {' '.join(key.split()[:2])}\n" for key in machine["host_keys"]))
-    options = [
-        f"UserKnownHostsFile={known_hosts}",
-        "GlobalKnownHostsFile=/dev/null",
-        "StrictHostKeyChecking=yes",
-        "IdentitiesOnly=yes",
-        f"HostKeyAlias={MACHINE}",
-        "BatchMode=yes",
-        "LogLevel=ERROR",
-    ]
-    argv = ["ssh", "-F", "none", "-p", str(machine["ssh_port"]), "-i", machine["client_key"]]
-    return [*argv, *(part for option in options for part in ("-o", option)), "offloading@127.0.0.1", "true"]
 
 
 def measure_own_vm(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-Relation = Literal["ratio", "difference", "time"]
-"""`time`: there is nothing to compare with; the target is in seconds."""
+Relation = Literal["ratio", "difference", "time", "rate"]
+"""`time`: there is nothing to compare with; the target is in seconds.  `rate`: the same, told as how many a minute."""
 
 _END_S = 15
 
@@ -57,11 +57,19 @@ class Row:
     relation: Relation = "ratio"
     target: float | None = None
     """At most this ratio, this many seconds more, or this many seconds; None when it is for information."""
+    why_not: str = ""
+    """Why it could not be measured; then the series are empty."""
+    drawn: bool = False
+    """In the picture."""
 
     @property
     def value(self) -> float | None:
+        if self.why_not:
+            return None
         if self.relation == "time":
             return self.ours.median
+        if self.relation == "rate":
+            return 60 / self.ours.median
         if self.base is None:
             return None
         pairs = list(zip(self.ours.seconds, self.base.seconds, strict=True))

@@ -1,6 +1,6 @@
 """`make bench`: how fast we are against the bare tools, in one run of about 10 minutes (3 with --quick).
 
-    python bench/run.py [--quick] [--only boots,builds,routes,image,routing] [--output FOLDER]
+    python bench/run.py [--quick] [--only fresh,builds,routes,image,routing,throughput,compile,slots] [--output FOLDER]
 
 Not a test: what it prints is for people.  Exit status 1 when a target was missed.
 """
@@ -17,18 +17,19 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.boots import measure_boots
 from bench.builds import measure_command, measure_own_vm, measure_running
+from bench.fresh import measure_fresh
 from bench.images import measure_image
 from bench.measure import BenchError, Budget, Row
 from bench.report import table, write_report
 from bench.routes import measure_binfmt, measure_local
 from bench.routing import measure_routing
+from bench.throughput import measure_throughput
 from bench.workplace import open_workplace
 from offloadd.errors import OffloadError
 from offloadd.model.quantity import format_date, format_duration
 
-PARTS = ("boots", "builds", "routes", "image", "routing")
+PARTS = ("fresh", "builds", "routes", "image", "routing", "throughput", "compile", "slots")
 
 
 def main() -> int:
@@ -75,14 +76,16 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
         return Budget(seconds / 4, least=1, most=least) if quick else Budget(seconds, least=least, most=most)
 
     with open_workplace() as place:
-        if "boots" in parts:
-            found, about = measure_boots(place, limit(130, 3, 7), _tell("boots"))
+        if "fresh" in parts:
+            found, about = measure_fresh(place, limit(130, 2, 5), _tell("fresh"))
             rows += found
             facts |= about
         if "builds" in parts:
             rows += measure_running(place, limit(60, 3, 10), _tell("builds"))
             rows += measure_own_vm(place, limit(40, 1, 4), _tell("builds"))
             rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
+        if "throughput" in parts:
+            rows += measure_throughput(place, limit(60, 1, 2), _tell("throughput"), quick=quick)
         if "routes" in parts:
             rows += measure_local(place, limit(30, 5, 15), _tell("routes"))
             rows += measure_binfmt(place, limit(150, 1, 3), _tell("routes"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.cache import Cache, as_mapped_root, remove_tree, scratch
@@ -14,7 +15,9 @@ from offloadd.paths import Paths
 from offloadd.plan.machine import BootFiles
 from offloadd.process import Progress, run_program
 
-FORMAT = 1
+FORMAT = 4
+LABEL = "systemd"
+"""Of the file system: `debvm-run` takes no disk without."""
 READY = "offload-bench: multi-user reached"
 
 _UNIT = f"""\
@@ -32,19 +35,41 @@ _HOOKS = (
     'echo "/dev/vda / ext4 errors=remount-ro 0 1" >"$1/etc/fstab"',
     # The bootstrap is told to leave it out, for our own images.
     'chroot "$1" env INITRD=Yes update-initramfs -c -k all',
+    'chroot "$1" apt-get download "$(basename "$1"/boot/vmlinuz-* | sed "s/^vmlinuz-/linux-image-/; s/-cloud//")"',
+    'mv "$1"/linux-image-*.deb "$1/full-kernel.deb"',
 )
-_SCRIPT = """\
+_SCRIPT = f"""\
 mkdir root && tar -x -p --numeric-owner --exclude='./dev/*' -f root.tar -C root
 mkdir -p root/dev
 # A first boot does more than every later one; mmdebstrap makes every boot the first.
 tr -d - </proc/sys/kernel/random/uuid >root/etc/machine-id
 cp root/boot/vmlinuz-* ../vmlinuz && cp root/boot/initrd.img-* ../initrd.img
-mke2fs -q -F -t ext4 -d root ../root.ext4 8G
+# Where `debvm-run` looks for it; the kernel's is there.
+(cd root && ln -s boot/initrd.img-* initrd.img)
+# `vng` wants a kernel with 9p, which the cloud's has not: the full one of the same source, with its modules beside it.
+dpkg-deb -x root/full-kernel.deb root/full && mkdir root/full/bin && cp root/usr/bin/busybox root/full/bin
+# Most of it is for hardware that is not there.
+rm -r root/full/usr root/full/lib/modules/*/kernel/sound root/full/lib/modules/*/kernel/drivers/[!bcv]* root/full-kernel.deb
+chroot root depmod -b /full "$(ls root/full/lib/modules)"
+mv root/full ../full
+mke2fs -q -F -t ext4 -L {LABEL} -d root ../root.ext4 8G
 rm -r root root.tar
 """
 
 
-async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) -> BootFiles:
+@dataclass(frozen=True, kw_only=True)
+class SystemdImage:
+    """What others boot."""
+
+    boot: BootFiles
+    full: Path
+    """A directory with Debian's full kernel of the same version in `boot`, `lib/modules` for it, and a static `bin/busybox`."""
+
+    def full_kernel(self) -> Path:
+        return next((self.full / "boot").glob("vmlinuz-*"))
+
+
+async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) -> SystemdImage:
     """The image that compares with `ours`, made when there is none yet: same suite, packages and kernel.
 
     Raises:
@@ -75,10 +100,11 @@ async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) ->
         await remove_tree(room)
 
     folder = await Cache(paths.cache / "bench", subject="systemd image", error=ImageError).ensure(digest, make, progress)
-    return BootFiles(
+    boot = BootFiles(
         image="debian-systemd",
         digest=digest,
         kernel=folder / "vmlinuz",
         initramfs=folder / "initrd.img",
         disk=folder / "root.ext4",
     )
+    return SystemdImage(boot=boot, full=folder / "full")

@@ -15,7 +15,7 @@ Each error says what happened, to which machine, image or build (`subject`), wha
       BuildTimeoutError 124
       CancelledError 130
       TransientError 75       another try can help
-        BootError SshError MachineLostError PortTakenError HostError DaemonError
+        BootError SshError AgentError MachineLostError PortTakenError HostError DaemonError
         ImageError ProtocolError FetchError
 """
 
@@ -153,6 +153,10 @@ class BootError(TransientError):
 
 class SshError(TransientError):
     """The SSH channel into a guest could not be made or broke."""
+
+
+class AgentError(TransientError):
+    """The channel to a guest's agent could not be made or broke, or the agent cannot do what it was asked for."""
 
 
 class MachineLostError(TransientError):

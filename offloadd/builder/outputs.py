@@ -46,17 +46,40 @@ class OutputsReceiver:
             BuildFailedError: it is too much.
             HostError: the disk is full.
         """
-        if self.complete:
-            raise ProtocolError("the guest sent more outputs after their end")
-        self.size += len(piece)
-        if self.size > self._max_bytes:
-            raise BuildFailedError(f"the outputs are larger than {self._max_bytes} bytes")
+        self._count(len(piece))
         rest = memoryview(piece)
         try:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as exc:
-            raise HostError(f"cannot keep the outputs: {exc.strerror}", subject=str(self.path)) from exc
+            raise self._failure(exc) from exc
+
+    def copy(self, source: int, offset: int, size: int) -> None:
+        """Append `size` bytes of the file `source` (a descriptor) from `offset` on.  Blocks: call it in a thread.
+
+        Raises:
+            ProtocolError: the file is shorter, or as `write`.
+            BuildFailedError, HostError: as `write`.
+        """
+        self._count(size)
+        try:
+            while size:
+                count = os.sendfile(self._descriptor, source, offset, size)
+                if not count:
+                    raise ProtocolError("the guest's disk ends within the outputs")
+                offset, size = offset + count, size - count
+        except OSError as exc:
+            raise self._failure(exc) from exc
+
+    def _count(self, size: int) -> None:
+        if self.complete:
+            raise ProtocolError("the guest sent more outputs after their end")
+        self.size += size
+        if self.size > self._max_bytes:
+            raise BuildFailedError(f"the outputs are larger than {self._max_bytes} bytes")
+
+    def _failure(self, exc: OSError) -> HostError:
+        return HostError(f"cannot keep the outputs: {exc.strerror}", subject=str(self.path))
 
     def finish(self) -> None:
         """Note that this was all; ProtocolError when it was all before."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import trio
 
+from offloadd.builder.bulk import NO_DISKS, Bulk, DataChannel
 from offloadd.builder.outputs import OutputsReceiver
 from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, SshError, TransientError, UsageError
 from offloadd.guest.frames import MAX_PAYLOAD, PIECE, Decoder, Frame, encode
@@ -26,7 +27,7 @@ from offloadd.model.quantity import format_date, format_duration
 from offloadd.nursery import open_narrow_nursery
 from offloadd.vm.console import clean
 
-PROTOCOL = 2
+PROTOCOL = 3
 PREPARE_S = 900.0
 """For the guest to take the source and to find its disk."""
 LAST_WORDS_S = 2.0
@@ -82,6 +83,8 @@ class Job:
     outputs: tuple[str, ...]
     source: Path
     """A tar; its times are not later than the guest's clock."""
+    bulk: Bulk = NO_DISKS
+    """The disks that were plugged in for it."""
     environment: str | None
     """The serial of the environment's disk, or the absolute path of its unpacked root; None: what the guest has of its own."""
     personality: str | None = None
@@ -111,6 +114,7 @@ class Report:
     exit_status: int = 0
     failed_step: int = 0
     missing_outputs: tuple[str, ...] = ()
+    outputs_channel: DataChannel = "frames"
     duration_s: float = 0.0
 
 
@@ -173,6 +177,8 @@ class _Session:
             "protocol": PROTOCOL,
             "build": job.build,
             "environment": job.environment,
+            "source": job.bulk.source,
+            "scratch": job.bulk.scratch.serial if job.bulk.scratch else None,
             "personality": job.personality,
             "network": job.network,
             "date": job.set_clock,
@@ -187,10 +193,11 @@ class _Session:
             raise UsageError(f"the recipe is larger than {MAX_PAYLOAD >> 10} KiB")
         try:
             await self._process.send(encode(b"B", head))
-            async with await trio.open_file(job.source, "rb") as file:
-                while piece := await file.read(PIECE):
-                    await self._process.send(encode(b"S", piece))
-            await self._process.send(encode(b"s"))
+            if job.bulk.source is None:
+                async with await trio.open_file(job.source, "rb") as file:
+                    while piece := await file.read(PIECE):
+                        await self._process.send(encode(b"S", piece))
+                await self._process.send(encode(b"s"))
         except TransientError:
             # A service that closes has said why: whoever receives reads that first.
             await trio.sleep(LAST_WORDS_S)
@@ -207,7 +214,7 @@ class _Session:
                         await self._no_more_errors.wait()
                     raise self._broken("the build service ended early", error=SshError)
                 for frame in self._decoder.feed(data):
-                    self._take(frame)
+                    await self._take(frame)
         if self._done:
             return
         if not self.report.started:
@@ -216,13 +223,13 @@ class _Session:
             raise BuildTimeoutError(f"no output for {format_duration(self._job.max_silent_s)}", hint="--max-silent-time")
         raise BuildTimeoutError(f"took longer than {format_duration(self._job.timeout_s)}", hint="--timeout")
 
-    def _take(self, frame: Frame) -> None:
+    async def _take(self, frame: Frame) -> None:
         match frame.kind:
             case b"L":
                 self._log(frame.payload)
             case b"E":
-                self._event(frame.json())
-            case b"O" if self._exited:
+                await self._event(frame.json())
+            case b"O" if self._exited and self.report.outputs_channel == "frames":
                 self._outputs.write(frame.payload)
             case b"o" if self._exited:
                 self._outputs.finish()
@@ -240,7 +247,7 @@ class _Session:
         if text := self._text.decode(data):
             self._listener.log(text)
 
-    def _event(self, event: dict[str, Any]) -> None:
+    async def _event(self, event: dict[str, Any]) -> None:
         match event.get("event"):
             case "started" if not self.report.started:
                 self._started(event)
@@ -250,6 +257,9 @@ class _Session:
                 self._exit(event)
             case "outputs" if self._exited:
                 self._note_missing(event.get("missing"))
+            case "scratch" if self._exited and self._job.bulk.scratch and not self._outputs.size:
+                await self._job.bulk.scratch.copy(event.get("size"), self._outputs)
+                self.report.outputs_channel = "disk"
             case "error" if self._exited:
                 raise self._not_packed(clean(str(event.get("what"))[:1000]))
             case "error":

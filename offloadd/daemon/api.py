@@ -145,7 +145,9 @@ def _add_machines(api: FastAPI, service: Service) -> None:
         service.survey.check_online(name)
 
         async def work(send: Send) -> dict[str, Any]:
-            trial = Trial(machine, service.workshop, _progress(send), lambda check: send({"event": "check", **check.to_json()}))
+            trial = Trial(
+                machine, service.workshop, service.guests, _progress(send), lambda check: send({"event": "check", **check.to_json()})
+            )
             await trial.run()
             return {"machine": name, "ok": trial.ok, "checks": [check.to_json() for check in trial.checks]}
 

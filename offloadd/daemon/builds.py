@@ -15,6 +15,7 @@ import trio
 
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
+from offloadd.daemon.guests import Guests
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.perform import ActiveBuild, Performer
 from offloadd.daemon.work import choose_system, find_needs
@@ -47,10 +48,12 @@ KEPT_BUILDS = 200
 class Builds:
     """All builds.  `nursery` owns their tasks."""
 
-    def __init__(self, workshop: Workshop, machines: Machines, dispatcher: Dispatcher, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, workshop: Workshop, guests: Guests, machines: Machines, dispatcher: Dispatcher, nursery: trio.Nursery
+    ) -> None:
         self._workshop = workshop
         self._dispatcher = dispatcher
-        self._performer = Performer(shop=workshop, machines=machines, dispatcher=dispatcher, move=self._move)
+        self._performer = Performer(shop=workshop, guests=guests, machines=machines, dispatcher=dispatcher, move=self._move)
         self._nursery = nursery
         self._active: dict[str, ActiveBuild] = {}
         self._closed = False
@@ -162,7 +165,7 @@ class Builds:
             error = MachineLostError("the daemon ended during the build", subject=row.id, hint="offload build again")
             events = EventLog(self._workshop.paths.builds / row.id / "events.ndjson") if self.folder(row.id).is_dir() else None
             result = self._summary(row) | {"state": BuildState.ERRORED, "error": error.to_json()}
-            for scratch in (self._workshop.paths.builds / row.id).glob("source*.tar"):
+            for scratch in (self._workshop.paths.builds / row.id).glob("source*"):
                 scratch.unlink()
             self._workshop.database.move_build(row.id, BuildState.ERRORED, result=result)
             if events:
@@ -230,7 +233,7 @@ class Builds:
         self._move(active, BuildState.QUEUED)
 
     def _end(self, active: ActiveBuild, state: BuildState, error: OffloadError | None) -> None:
-        for scratch in active.folder.glob("source*.tar"):
+        for scratch in active.folder.glob("source*"):
             scratch.unlink()
         if state is BuildState.CANCELLED:
             error = CancelledError(active.cancelled or "cancelled", subject=active.request.name)

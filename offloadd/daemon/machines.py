@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 import trio
 
+from offloadd.daemon.guests import Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     BootError,
@@ -21,14 +22,14 @@ from offloadd.errors import (
     NotFoundError,
     OffloadError,
 )
-from offloadd.guest.open import open_guest
+from offloadd.guest.agent import Agent
+from offloadd.guest.open import install_secrets, open_guest, personalize, start_sshd
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
-from offloadd.guest.ssh import Guest
 from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
 from offloadd.process import Progress, host_error, silent
-from offloadd.vm.instance import Instance, adopt_instance, open_instance
+from offloadd.vm.instance import Instance, adopt_instance
 from offloadd.vm.record import InstanceRecord, read_record
 
 LOST_S = 2.0
@@ -46,8 +47,8 @@ class RunningMachine:
         self.declared = declared
         """As it was when it was started; None for one that was found again while the configuration is wrong."""
         self.instance: Instance | None = None
-        self.guest: Guest | None = None
-        """None while it boots, and while it is logged in to again."""
+        self.guest: Agent | None = None
+        """None while it boots, and while the connection to it is made again."""
         self.was_ready = False
         self.secrets: SecretRoot | None = None
         self.error: OffloadError | None = None
@@ -76,8 +77,9 @@ async def _ends_soon(instance: Instance) -> bool:
 class Machines:
     """All machines that run for their users.  `nursery` owns their tasks."""
 
-    def __init__(self, workshop: Workshop, nursery: trio.Nursery) -> None:
+    def __init__(self, workshop: Workshop, guests: Guests, nursery: trio.Nursery) -> None:
         self._workshop = workshop
+        self._guests = guests
         self._nursery = nursery
         self._running: dict[str, RunningMachine] = {}
         self._closed = False
@@ -166,45 +168,51 @@ class Machines:
         shop = self._workshop
         plan = await shop.plan(machine, shop.library(), running.tell)
         running.secrets = shop.secrets(machine)
-        with shop.cores.share(plan.cpu_count) as cores:
-            running.tell("starting QEMU")
-            logs = self._log_folder(machine.name)
-            opened = open_instance(
-                plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose="machine"
-            )
-            async with opened as running.instance:
-                await self._serve(running, adopted=False)
+        logs = self._log_folder(machine.name)
+        async with self._guests.open(plan, machine, running.tell, logs=logs, purpose="machine") as guest:
+            running.instance = guest.instance
+            await self._open_to_users(running, guest.agent)
+            await self._be_ready(running, guest.instance, guest.agent)
+            await self._serve(running, guest.instance, fresh=False)
 
-    async def _serve(self, running: RunningMachine, *, adopted: bool) -> None:
-        """From a running QEMU to its end; when the connection breaks before that, log in again."""
-        assert running.instance is not None
+    async def _open_to_users(self, running: RunningMachine, agent: Agent) -> None:
         assert running.secrets is not None
-        instance = running.instance
-        running.was_ready = adopted
-        while True:
-            opened = open_guest(instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
+        running.tell("installing its secrets")
+        await install_secrets(agent, running.secrets.root)
+        running.tell("waiting for sshd")
+        await start_sshd(agent)
+
+    async def _serve(self, running: RunningMachine, instance: Instance, *, fresh: bool) -> None:
+        """Connect again and again until its end.
+
+        Args:
+            fresh: nobody can log in yet.
+        """
+        while not await _ends_soon(instance):
             try:
-                async with opened as running.guest:
-                    await self._be_ready(running, instance, running.guest)
+                async with open_guest(instance, running.tell, adopted=True) as agent:
+                    if fresh:
+                        await personalize(instance, agent)
+                        await self._open_to_users(running, agent)
+                        fresh = False
+                    await self._be_ready(running, instance, agent)
             except BootError:
                 # A guest that powers off loses its connection first: that end is no failed boot.
                 if not running.was_ready or not await _ends_soon(instance):
                     raise
-            finally:
-                running.guest = None
-            if await _ends_soon(instance):
-                return
-            adopted = True
 
-    async def _be_ready(self, running: RunningMachine, instance: Instance, guest: Guest) -> None:
+    async def _be_ready(self, running: RunningMachine, instance: Instance, agent: Agent) -> None:
         """Until the instance ends or the connection breaks."""
         self._move(running.name, MachineState.RUNNING)
-        running.was_ready = True
+        running.guest, running.was_ready = agent, True
         running.tell("ready", 1.0)
         log.info("machine running", machine=running.name, ports=instance.record.ports)
-        async with open_narrow_nursery() as nursery:
-            nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
-            nursery.start_soon(_then_cancel, guest.wait_lost, nursery.cancel_scope)
+        try:
+            async with open_narrow_nursery() as nursery:
+                nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
+                nursery.start_soon(_then_cancel, agent.wait_lost, nursery.cancel_scope)
+        finally:
+            running.guest = None
 
     def _forget(self, running: RunningMachine) -> None:
         """Note how it ended, whatever the way."""
@@ -274,7 +282,8 @@ class Machines:
                     log.info("machine adopted", machine=running.name, pid=record.pid)
                     # The earlier daemon may have been killed before it sent the secrets.
                     fresh = shop.database.machine(running.name).state is MachineState.STARTING
-                    await self._serve(running, adopted=not fresh)
+                    running.was_ready = not fresh
+                    await self._serve(running, running.instance, fresh=fresh)
         except OffloadError as exc:
             running.error = exc
         except OSError as exc:

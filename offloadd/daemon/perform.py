@@ -15,18 +15,27 @@ from typing import Any, Protocol
 
 import trio
 
+from offloadd.builder.bulk import channel_for, open_bulk
 from offloadd.builder.fault import find_emulator_fault
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.prepare import prepare_source
 from offloadd.builder.run import DEFAULT_MAX_SILENT_S, DEFAULT_TIMEOUT_S, Job, Report, run_build
 from offloadd.daemon.dispatch import MACHINE_FAULTS, Assignment, Dispatcher
 from offloadd.daemon.events import EventLog
+from offloadd.daemon.guests import Guests, Origin
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.work import Work, find_work
 from offloadd.daemon.workshop import Workshop
 from offloadd.environment.store import Environment
-from offloadd.errors import BuildFailedError, EmulatorFault, NoMachineError, NotFoundError, OffloadError
-from offloadd.guest.open import open_guest
+from offloadd.errors import (
+    BuildFailedError,
+    EmulatorFault,
+    MachineLostError,
+    NoMachineError,
+    NotFoundError,
+    OffloadError,
+    UsageError,
+)
 from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_size
 from offloadd.model.recipe import BuildRequest
@@ -38,9 +47,9 @@ from offloadd.place.remote import open_remote_place
 from offloadd.place.vm import open_in_guest
 from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.route import Emulation
-from offloadd.vm.instance import open_instance
 
 PROGRESS_S = 0.2
+_ORIGINS: dict[Origin, str] = {"boot": "a fresh boot", "clone": "a fresh clone", "warm": "a fresh clone, which was waiting,"}
 _LASTING = ("machine", "kind", "route", "retried")
 """Fields of the result that an attempt finds there."""
 LOG_TAIL = 64 * 1024
@@ -122,6 +131,7 @@ class Performer:
     """What a build needs of the daemon."""
 
     shop: Workshop
+    guests: Guests
     machines: Machines
     dispatcher: Dispatcher
     move: Move
@@ -230,8 +240,8 @@ class Performer:
     async def _open_vm(
         self, active: ActiveBuild, work: Work, machine: VmMachine, environment: Environment
     ) -> AsyncIterator[Place]:
-        """The machine that its user started when it is what the build asks for, else a VM of the build's own."""
-        shop, request, serial = self.shop, active.request, f"env-{active.id}"
+        """A VM of the build's own, or the one that the build is to leave running."""
+        shop, request = self.shop, active.request
         plan = plan_for_build(
             await shop.plan(machine, shop.library(), active.tell),
             f"build-{active.id}",
@@ -240,49 +250,67 @@ class Performer:
             pinned_cpu=machine.cpu is not None,
             system=work.system,
         )
-        running = self.machines.find(machine.name)
-        if running and running.instance and running.guest and _fits(work, machine, plan, running.instance.record.plan):
-            active.tell(f"building in {machine.name}, which runs")
-            active.result["boot_s"] = 0.0
-            async with open_in_guest(running.instance, running.guest, environment.path, serial, own=False) as place:
+        if request.keep_machine:
+            async with self._open_kept(active, work, machine, plan, environment) as place:
                 yield place
             return
         self.move(active, BuildState.BOOTING)
-        active.tell(f"booting {machine.name} at {format_date(plan.date)} on {plan.cpu} ({plan.qemu.accelerator})")
         began = trio.current_time()
-        with shop.cores.share(plan.cpu_count) as cores:
-            opened = open_instance(
-                plan, instances=shop.paths.instances, logs=active.folder, bridge=shop.bridge, cores=cores, purpose="build"
+        opened = self.guests.open(plan, machine, active.tell, logs=active.folder, purpose="build")
+        async with opened as guest:
+            active.result |= {"boot_s": round(trio.current_time() - began, 3), "guest": guest.origin}
+            active.tell(f"{_ORIGINS[guest.origin]} of {machine.name} at {format_date(plan.date)} on {plan.cpu}")
+            async with open_in_guest(guest.instance, guest.agent, environment.path, own=True) as place:
+                yield place
+
+    @asynccontextmanager
+    async def _open_kept(
+        self, active: ActiveBuild, work: Work, machine: VmMachine, plan: VmPlan, environment: Environment
+    ) -> AsyncIterator[Place]:
+        """The machine that runs for its user, which is started when it does not, and goes on afterwards."""
+        self.move(active, BuildState.BOOTING)
+        running = await self.machines.start(machine.name, active.tell)
+        assert running.instance is not None
+        if not _fits(work, machine, plan, running.instance.record.plan):
+            raise UsageError(
+                f"{machine.name} runs at another date, on another CPU or from an older image than the build asks for",
+                hint=f"without --keep-machine the build gets a machine of its own; or offload vm stop {machine.name}",
             )
-            async with opened as instance, open_guest(instance, shop.secrets(machine), shop.bridge, active.tell) as guest:
-                active.result["boot_s"] = round(trio.current_time() - began, 3)
-                async with open_in_guest(instance, guest, environment.path, serial, own=True) as place:
-                    yield place
+        if running.guest is None:
+            raise MachineLostError("the connection to it has just broken", subject=machine.name, hint="try again")
+        active.result |= {"boot_s": 0.0, "guest": "kept"}
+        active.tell(f"building in {machine.name}, which runs")
+        async with open_in_guest(running.instance, running.guest, environment.path, own=False) as place:
+            yield place
 
     async def _build(self, active: ActiveBuild, work: Work, machine: Machine, place: Place) -> None:
         recipe, request = work.recipe, active.request
         newest = int(place.clock())
         source = active.folder / "source-sent.tar"
         await trio.to_thread.run_sync(prepare_source, active.source, work.sources, source, newest)
-        job = Job(
-            build=active.id,
-            name=f"{recipe.name}-{recipe.version}",
-            steps=recipe.steps,
-            env=dict(recipe.env),
-            outputs=recipe.outputs,
-            source=source,
-            environment=place.environment,
-            personality=_personality(work.system, machine),
-            network=recipe.network,
-            set_clock=newest if place.set_clock else None,
-            expected_clock=place.clock,
-            timeout_s=request.timeout_s or recipe.timeout or DEFAULT_TIMEOUT_S,
-            max_silent_s=request.max_silent_s or recipe.max_silent_time or DEFAULT_MAX_SILENT_S,
-            keep_failed=request.keep_failed,
-        )
-        active.tell(f"sending the source ({format_size(source.stat().st_size)})")
-        with open_outputs_receiver(active.outputs) as outputs:
-            report = await run_build(place.service, job, outputs, _Listener(active, self.move, work))
+        size = source.stat().st_size
+        active.result["source_channel"] = channel = channel_for(size, place.disks)
+        active.tell(f"sending the source{' as a disk' if channel == 'disk' else ''} ({format_size(size)})")
+        async with open_bulk(place.disks, source) as bulk:
+            job = Job(
+                build=active.id,
+                name=f"{recipe.name}-{recipe.version}",
+                steps=recipe.steps,
+                env=dict(recipe.env),
+                outputs=recipe.outputs,
+                source=source,
+                bulk=bulk,
+                environment=place.environment,
+                personality=_personality(work.system, machine),
+                network=recipe.network,
+                set_clock=newest if place.set_clock else None,
+                expected_clock=place.clock,
+                timeout_s=request.timeout_s or recipe.timeout or DEFAULT_TIMEOUT_S,
+                max_silent_s=request.max_silent_s or recipe.max_silent_time or DEFAULT_MAX_SILENT_S,
+                keep_failed=request.keep_failed,
+            )
+            with open_outputs_receiver(active.outputs) as outputs:
+                report = await run_build(place.service, job, outputs, _Listener(active, self.move, work))
         _judge(active, report, recipe.steps)
 
 
@@ -316,6 +344,7 @@ def _judge(active: ActiveBuild, report: Report, steps: tuple[str, ...]) -> None:
         "exit_status": report.exit_status,
         "duration_s": round(report.duration_s, 3),
         "clock_end": report.clock_end,
+        "outputs_channel": report.outputs_channel,
     }
     if not report.exit_status:
         return

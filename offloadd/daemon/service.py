@@ -17,6 +17,7 @@ import trio
 from offloadd.builder.archive import Archive
 from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
+from offloadd.daemon.guests import Guests
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
@@ -41,6 +42,7 @@ class Service:
     def __init__(
         self,
         workshop: Workshop,
+        guests: Guests,
         machines: Machines,
         survey: Survey,
         builds: Builds,
@@ -48,6 +50,7 @@ class Service:
         idle_timeout_s: float,
     ) -> None:
         self.workshop = workshop
+        self.guests = guests
         self.machines = machines
         self.survey = survey
         self.builds = builds
@@ -138,15 +141,16 @@ class Service:
 async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[Service]:
     """All of the daemon but its socket; leaving the block ends every build and every machine."""
     async with open_workshop(paths, paths.database) as workshop, trio.open_nursery() as machine_nursery:
-        machines = Machines(workshop, machine_nursery)
+        guests = Guests(workshop)
+        machines = Machines(workshop, guests, machine_nursery)
         await machines.reconcile()
         async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
             slots = Slots()
             survey = Survey(workshop, machines, slots)
             dispatcher = Dispatcher(workshop, survey, slots)
-            builds = Builds(workshop, machines, dispatcher, build_nursery)
+            builds = Builds(workshop, guests, machines, dispatcher, build_nursery)
             builds.reconcile()
-            service = Service(workshop, machines, survey, builds, request_nursery, idle_timeout_s)
+            service = Service(workshop, guests, machines, survey, builds, request_nursery, idle_timeout_s)
             request_nursery.start_soon(service.stop_when_idle)
             request_nursery.start_soon(service.start_declared)
             try:

@@ -25,22 +25,22 @@ import trio
 from offloadd.binfmt.status import Status, find_fault, find_usable, read_status
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.run import Job, Report, run_build
+from offloadd.daemon.guests import FreshGuest, Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
-from offloadd.guest.open import open_guest
-from offloadd.guest.ssh import Guest, open_remote
+from offloadd.guest.open import clock_of
+from offloadd.guest.ssh import open_remote
 from offloadd.host import native_systems, systems_of
 from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.place.local import LocalService
 from offloadd.place.place import Place
-from offloadd.place.probe import EXCHANGED, Probe, exchange_file, format_offset, probe_local, probe_ssh
+from offloadd.place.probe import EXCHANGED, Probe, Shell, exchange_file, format_offset, probe_local, probe_ssh
 from offloadd.place.remote import RemoteService
-from offloadd.place.vm import GuestService
+from offloadd.place.vm import AgentShell, GuestService
 from offloadd.plan.machine import plan_for_build
 from offloadd.process import Progress, host_error
-from offloadd.vm.instance import open_instance
 
 BUILD_S = 600.0
 """For the build of a trial, which takes a fraction of a second unless all is emulated."""
@@ -78,10 +78,13 @@ class Trial:
         tell: is called with each check when it is done.
     """
 
-    def __init__(self, machine: Machine, shop: Workshop, progress: Progress, tell: Callable[[Check], None]) -> None:
+    def __init__(
+        self, machine: Machine, shop: Workshop, guests: Guests, progress: Progress, tell: Callable[[Check], None]
+    ) -> None:
         self.checks: list[Check] = []
         self._machine = machine
         self._shop = shop
+        self._guests = guests
         self._progress = progress
         self._tell = tell
 
@@ -149,30 +152,22 @@ class Trial:
         plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
         logs = shop.paths.logs / "tests" / machine.name
         async with AsyncExitStack() as stack:
-            cores = stack.enter_context(shop.cores.share(plan.cpu_count))
+            async def boot() -> FreshGuest:
+                opened = self._guests.open(plan, machine, self._progress, logs=logs, purpose="build")
+                return await stack.enter_async_context(opened)
 
-            async def boot() -> Guest:
-                opened = open_instance(
-                    plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose="build"
-                )
-                instance = await stack.enter_async_context(opened)
-                began.append(instance.record.began)
-                guest = open_guest(instance, shop.secrets(machine), shop.bridge, lambda text: self._progress(text, None))
-                return await stack.enter_async_context(guest)
-
-            began: list[float] = []
             words = f"{plan.cpu}, {plan.qemu.accelerator.upper()}, {format_date(plan.date)}"
-            guest = await self._check("boot it", boot, lambda _: words)
+            guest = await self._check("start it", boot, lambda guest: f"a fresh {guest.origin}: {words}")
 
             def clock() -> float:
-                return plan.date.timestamp() + time.time() - began[0]
+                return clock_of(guest.instance)
 
-            probe = await self._try_shell(guest, clock)
+            probe = await self._try_shell(AgentShell(guest.agent), clock)
             self._note_clock(probe, clock())
             self._note_probe(probe)
-            await self._try_build(Place(service=GuestService(guest), environment=None, clock=clock))
+            await self._try_build(Place(service=GuestService(guest.agent), environment=None, clock=clock))
 
-    async def _try_shell(self, guest: Guest, clock: Callable[[], float] | None = None) -> Probe:
+    async def _try_shell(self, guest: Shell, clock: Callable[[], float] | None = None) -> Probe:
         """A command, and a file there and back."""
         name = self._machine.name
 

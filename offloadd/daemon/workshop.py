@@ -23,6 +23,7 @@ from offloadd.paths import Paths, make_private
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_vm
 from offloadd.process import Progress
 from offloadd.store.database import Database, open_database
+from offloadd.template.store import TemplateStore
 from offloadd.vm.accelerator import find_accelerator
 from offloadd.vm.pinning import Cores
 from offloadd.vm.qemu import find_qemu
@@ -38,6 +39,7 @@ class Workshop:
     database: Database
     images: ImageStore
     environments: EnvironmentStore
+    templates: TemplateStore
     cores: Cores
 
     def library(self) -> Library:
@@ -99,5 +101,6 @@ async def open_workshop(paths: Paths, database: Path) -> AsyncIterator[Workshop]
                 database=opened,
                 images=ImageStore(paths.cache / "images"),
                 environments=EnvironmentStore(paths.cache / "environments"),
+                templates=TemplateStore(paths.cache / "templates"),
                 cores=Cores(),
             )

@@ -1,53 +1,117 @@
-"""From a running QEMU to a system that we can talk to: secrets delivered, logged in."""
+"""From a running QEMU to a guest that we can talk to."""
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
-from offloadd.bridge import Bridge
-from offloadd.errors import BootError
-from offloadd.guest.secret_root import SecretRoot
-from offloadd.guest.secret_service import deliver_secrets
-from offloadd.guest.ssh import Guest, open_ssh
-from offloadd.model.machine import SECRETS_PORT, SSH_PORT
+from offloadd.errors import AgentError, BootError
+from offloadd.guest.agent import Agent, open_agent
+from offloadd.guest.secret_service import ProcessStream, read_secret_root, receive_hello, send_secrets
 from offloadd.vm.instance import Instance, while_running
 
 Phase = Callable[[str], None]
 
+CLOCK_TOLERANCE_S = 120.0
+"""As for the clock at the start of a build; no Linux clock is younger than its boot."""
+
 
 @asynccontextmanager
-async def open_guest(
-    instance: Instance, secrets: SecretRoot, bridge: Bridge, phase: Phase, *, adopted: bool = False
-) -> AsyncIterator[Guest]:
-    """Deliver the secrets and log in.
+async def open_guest(instance: Instance, phase: Phase, *, adopted: bool = False) -> AsyncIterator[Agent]:
+    """Wait for the guest's agent.
 
     Args:
         phase: is told what is waited for.
-        adopted: the guest has its secrets from an earlier daemon.
+        adopted: an earlier daemon was connected before.
     Raises:
         BootError: the guest ended, or was not ready within the machine's limit; with its console's last lines.
-        SshError, ProtocolError: it is not the guest that it should be.
+        AgentError, ProtocolError: it is not the guest that it should be.
     """
     limit_s = instance.record.plan.boot_timeout_s
-    missing = "sshd did not take a login" if adopted else "the secret service gave no hello"
-    guest: Guest | None = None
-    async with AsyncExitStack() as stack:
+    async with open_agent(instance.files.agent, instance.name) as agent:
+        phase("waiting for the guest")
         async with while_running(instance, BootError):
-            with trio.move_on_after(limit_s):
-                if not adopted:
-                    phase("waiting for the secret service")
-                    await deliver_secrets(instance.port(SECRETS_PORT), secrets.root, machine=instance.name)
-                    missing = "sshd did not take a login after the secrets were sent"
-                phase("logging in")
-                guest = await stack.enter_async_context(open_ssh(bridge, instance.port(SSH_PORT), secrets))
-            if guest is None:
+            with trio.move_on_after(limit_s) as limit:
+                await agent.greet(adopted=adopted)
+            if limit.cancelled_caught:
                 raise BootError(
-                    f"not ready after {limit_s:.0f} s: {missing}",
+                    f"not ready after {limit_s:.0f} s: its agent gave no hello",
                     subject=instance.name,
                     detail=instance.console_tail(),
                     hint=f"offload vm logs {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
                 )
-        yield guest
+        yield agent
+
+
+async def personalize(instance: Instance, agent: Agent) -> None:
+    """Make the guest another machine than all others: entropy, addresses, machine id; and set its clock to the plan's date.
+
+    Raises:
+        AgentError, ProtocolError: it cannot be done; the clock does not show the date.
+    """
+    address = bytes([0x52, 0x54, 0x00]) + secrets.token_bytes(3)  # QEMU's prefix
+    moment = clock_of(instance)
+    said = await agent.call(
+        "identify",
+        seed=secrets.token_hex(64),
+        machine_id=secrets.token_hex(16),
+        mac=address.hex(":"),
+        date=moment,
+    )
+    check_clock(said, moment, agent.machine)
+
+
+def clock_of(instance: Instance) -> float:
+    """What the guest's clock should show now, in seconds since 1970."""
+    return instance.record.plan.date.timestamp() + time.time() - instance.record.began
+
+
+async def set_clock(agent: Agent, moment: float) -> None:
+    """Set the guest's clock, and read it back.
+
+    Raises:
+        AgentError: it does not show what it was set to.
+    """
+    check_clock(await agent.call("clock", date=moment), moment, agent.machine)
+
+
+def check_clock(said: dict[str, object], moment: float, machine: str) -> None:
+    clock = said.get("clock")
+    if isinstance(clock, bool) or not isinstance(clock, int | float) or not abs(clock - moment) <= CLOCK_TOLERANCE_S:
+        raise AgentError(f"its clock does not show what it was set to, but {repr(clock)[:50]}", subject=machine)
+
+
+async def install_secrets(agent: Agent, root: Path, *, without: str | None = None) -> None:
+    """Copy the files of a secret root into the guest.
+
+    Args:
+        without: the beginning of the names of those that stay here.
+    Raises:
+        ConfigError: a file of it cannot be sent.
+        AgentError, ProtocolError: the guest does not take them.
+    """
+    found = await trio.to_thread.run_sync(read_secret_root, root)
+    files = [file for file in found if without is None or not file.name.startswith(without)]
+    async with agent.open_process("secrets") as process:
+        stream = ProcessStream(process)
+        if not await receive_hello(stream):
+            raise AgentError("the secret service gave no hello", subject=agent.machine)
+        await send_secrets(stream, files)
+        if await process.wait():
+            raise AgentError("the guest did not install its secrets", subject=agent.machine)
+
+
+async def start_sshd(agent: Agent) -> None:
+    """Have the guest listen for logins.
+
+    Raises:
+        AgentError: it does not.
+    """
+    status, _ = await agent.run("sshd")
+    if status:
+        raise AgentError("sshd does not listen", subject=agent.machine, hint="offload vm console")

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -179,6 +180,36 @@ async def send_secrets(stream: trio.abc.Stream, files: Sequence[SecretFile]) -> 
                     pass
             except trio.BrokenResourceError:
                 pass
+
+
+class ByteChannel(Protocol):
+    """Standard input and output of a secret service that an agent has started."""
+
+    async def send(self, data: bytes) -> None: ...
+    async def send_eof(self) -> None: ...
+    async def receive(self) -> bytes: ...
+
+
+class ProcessStream(trio.abc.HalfCloseableStream):
+    """Such a channel as a stream."""
+
+    def __init__(self, process: ByteChannel) -> None:
+        self._process = process
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._process.send(bytes(data))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def send_eof(self) -> None:
+        await self._process.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return await self._process.receive()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 async def deliver_secrets(port: int, root: Path, *, machine: str) -> None:

@@ -18,7 +18,6 @@ from offloadd.model.system import SYSTEMS, SystemName
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 SSH_PORT = 22
-SECRETS_PORT = 1004
 """The guest's port of the secret service (Guix's number)."""
 
 
@@ -103,11 +102,15 @@ class VmMachine(Machine):
     """MiB."""
     date: Date | None = None
     """None: the host's."""
-    port_forwardings: dict[Port, Port] = Field(default={11022: SSH_PORT, 11044: SECRETS_PORT})
+    port_forwardings: dict[Port, Port] = Field(default={11022: SSH_PORT})
     """Host port on 127.0.0.1 -> guest port."""
     auto_start: bool = False
     secret_root: Text | None = None
     """The directory whose files are copied into the guest at boot; by default one is made in the state directory."""
+    template: bool = True
+    """Whether guests are clones of one that was saved, where QEMU can do that."""
+    warm: Annotated[int, Field(ge=0, le=64)] = 0
+    """Clones that are kept ready, paused."""
     boot_timeout: Duration = 180.0
     """Seconds from the start of QEMU to a guest that can be talked to."""
     options: Annotated[tuple[Text, ...], Field(strict=False)] = ()
@@ -117,9 +120,8 @@ class VmMachine(Machine):
     @classmethod
     def _guest_ports_once(cls, forwardings: dict[int, int]) -> dict[int, int]:
         guests = list(forwardings.values())
-        missing = {SSH_PORT, SECRETS_PORT} - set(guests)
-        if missing:
-            raise ValueError(f"the guest's port {min(missing)} must be forwarded: offload reaches the guest there")
+        if SSH_PORT not in guests:
+            raise ValueError(f"the guest's port {SSH_PORT} must be forwarded: whoever uses the machine logs in there")
         if len(set(guests)) < len(guests):
             raise ValueError("a guest port is forwarded twice")
         return forwardings

@@ -134,6 +134,8 @@ class BuildRequest(Value):
     timeout: Duration | None = None
     max_silent_time: Duration | None = None
     keep_failed: bool = False
+    keep_machine: bool = False
+    """Build in the machine that runs for its user, and leave it running."""
 
     @model_validator(mode="after")
     def _one_work(self) -> BuildRequest:

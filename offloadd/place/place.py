@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from offloadd.builder.bulk import Disks
 from offloadd.builder.run import BuildService
 
 
@@ -20,5 +21,7 @@ class Place:
     """What its clock should show now, in seconds since 1970."""
     set_clock: bool = False
     """Whether the clock is this build's alone, so that it is set to that right before the first step."""
+    disks: Disks | None = None
+    """Where disks for this build can be plugged in; None: everything goes in frames."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the build's record says of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
@@ -11,56 +10,85 @@ from typing import Any
 import trio
 
 from offloadd.errors import MachineLostError, TransientError
-from offloadd.guest.ssh import Guest, GuestProcess
+from offloadd.guest.agent import Agent, AgentProcess
+from offloadd.guest.open import clock_of
 from offloadd.model.quantity import format_date
+from offloadd.nursery import open_narrow_nursery
 from offloadd.place.place import Place
 from offloadd.vm.instance import Instance, while_running
 
-COMMAND = "sudo -n /usr/lib/offload/build-service"
-
-
 class GuestService:
-    """The build service of a guest."""
+    """The build service of a guest, which its agent has loaded already."""
 
-    def __init__(self, guest: Guest) -> None:
-        self._guest = guest
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
 
-    def open_process(self) -> AbstractAsyncContextManager[GuestProcess]:
-        return self._guest.open_process(COMMAND)
+    def open_process(self) -> AbstractAsyncContextManager[AgentProcess]:
+        return self._agent.open_process("build-service")
+
+
+class AgentShell:
+    """A guest where commands of the shell can be run, as root."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def open_process(self, command: str) -> AbstractAsyncContextManager[AgentProcess]:
+        return self._agent.open_process("/bin/sh", "-c", command)
 
 
 @asynccontextmanager
-async def open_in_guest(instance: Instance, guest: Guest, environment: Path, serial: str, *, own: bool) -> AsyncIterator[Place]:
+async def open_in_guest(instance: Instance, agent: Agent, environment: Path, *, own: bool) -> AsyncIterator[Place]:
     """A place in a guest that runs, with the environment's disk plugged in.
 
     Args:
-        serial: of that disk, at most 20 characters.
         own: the guest was booted for this build alone, so that its clock is ours to set.
     Raises:
         MachineLostError: the instance ended under the build.
     """
     plan = instance.record.plan
-    base, began = plan.date.timestamp(), instance.record.began
-    clock: Callable[[], float] = (lambda: base) if own else (lambda: base + time.time() - began)
+    date = plan.date.timestamp()
+    clock: Callable[[], float] = (lambda: date) if own else (lambda: clock_of(instance))
+    disks = GuestDisks(instance)
     async with while_running(instance, MachineLostError):
         try:
-            await instance.attach_disk(environment, serial)
+            serial = await disks.attach(environment)
             yield Place(
-                service=GuestService(guest),
+                service=GuestService(agent),
                 environment=serial,
                 clock=clock,
                 set_clock=own,
+                disks=disks,
                 facts=_facts(instance) | {"own_vm": own},
             )
         finally:
             if not own:
-                await _take_disk_back(instance, serial)
+                await disks.take_back()
 
 
-async def _take_disk_back(instance: Instance, serial: str) -> None:
-    """From a machine that lives on.  A guest that keeps the disk costs a slot of its bus, not the build."""
-    with trio.CancelScope(shield=True), suppress(TransientError, trio.TooSlowError):
-        await instance.detach_disk(serial)
+class GuestDisks:
+    """The disks that were plugged into a guest for one build."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._serials: list[str] = []
+
+    async def attach(self, path: Path, *, writable: bool = False) -> str:
+        """Put one in, as `Instance.attach_disk`."""
+        serial = await self._instance.attach_disk(path, writable=writable)
+        self._serials.append(serial)
+        return serial
+
+    async def take_back(self) -> None:
+        """Take all of them out of a machine that lives on.  A guest that keeps one costs a slot of its bus, not the build."""
+        with trio.CancelScope(shield=True):
+            async with open_narrow_nursery() as nursery:
+                for serial in self._serials:
+                    nursery.start_soon(self._detach, serial)
+
+    async def _detach(self, serial: str) -> None:
+        with suppress(TransientError, trio.TooSlowError):
+            await self._instance.detach_disk(serial)
 
 
 def _facts(instance: Instance) -> dict[str, Any]:

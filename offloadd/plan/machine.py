@@ -15,6 +15,12 @@ from offloadd.plan.cpu import check_cpu, choose_cpu
 from offloadd.plan.target import find_target
 
 
+DISKS_OF_A_BUILD = 3
+"""Its environment, its source, its outputs."""
+MAX_BUILDS_INSIDE = 4
+"""Of one machine: a PC has 32 places on its bus in all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QemuFacts:
     """What one QEMU binary can do."""
@@ -54,6 +60,8 @@ class VmPlan:
     forwards: tuple[tuple[int, int], ...]
     """(host port or 0 for any free one, guest port)."""
     network: bool
+    disk_slots: int
+    """Disks that can be put in while it runs."""
     boot_timeout_s: float
     options: tuple[str, ...]
 
@@ -86,6 +94,7 @@ def plan_vm(
         date=machine.date or (now or datetime.now(UTC)).replace(microsecond=0),
         forwards=tuple(sorted(machine.port_forwardings.items())),
         network=machine.network,
+        disk_slots=DISKS_OF_A_BUILD * min(machine.parallel_builds, MAX_BUILDS_INSIDE),
         boot_timeout_s=machine.boot_timeout,
         options=machine.options,
     )
@@ -95,7 +104,7 @@ def plan_vm(
 def plan_for_build(
     plan: VmPlan, instance: str, *, date: datetime | None, cpu: str | None, pinned_cpu: bool, system: str | None = None
 ) -> VmPlan:
-    """The plan of a VM of that machine for one build: own name, own free ports, the build's date and CPU.
+    """The plan of a VM of that machine for one build: own name, no ports, the build's date and CPU.
 
     Args:
         pinned_cpu: the machine's file sets `cpu`, so that another date does not change it.
@@ -104,7 +113,7 @@ def plan_for_build(
         UsageError: the machine's clock does not hold the date, or the clock of what is built.
         NoMachineError: this QEMU does not know the CPU model.
     """
-    moved = replace(plan, instance=instance, date=date or plan.date, forwards=tuple((0, guest) for _, guest in plan.forwards))
+    moved = replace(plan, instance=instance, date=date or plan.date, forwards=(), disk_slots=DISKS_OF_A_BUILD)
     try:
         for kind in (plan.system, system or plan.system):
             check_clock_holds(moved.date, kind)

@@ -25,11 +25,6 @@ class Target:
     """The kernel's name of the first serial port."""
     bus: Literal["pci", "ccw"] = "pci"
     """Where virtio devices are."""
-    scsi: bool = True
-    """Disks come and go on a virtio-scsi bus, which is the same everywhere.
-
-    PCI's hot-plug wants ports set aside for it (virt) or a daemon in the guest (pseries); on pc the firmware does it all.
-    """
     power_button: bool = True
     """Whether QEMU's `system_powerdown` reaches the guest."""
     devices: tuple[str, ...] = ()
@@ -40,18 +35,13 @@ class Target:
         """The arguments for a virtio device of that kind, `blk` or `net`."""
         return ["-device", f"virtio-{kind}-{self.bus},{properties}"]
 
-    def hot_disk(self) -> dict[str, str]:
-        """What `device_add` is told about a disk that is plugged in while the guest runs."""
-        return {"driver": "scsi-hd", "bus": "hot.0"} if self.scsi else {"driver": f"virtio-blk-{self.bus}"}
-
 
 TARGETS: dict[str, Target] = {
-    # pc starts faster than q35 and takes hot-plugged disks through ACPI without ports set aside for them.
+    # pc starts faster than q35.
     # No calibrations of hardware that is not there.
     "x86_64": Target(
         machine="pc",
         console="ttyS0",
-        scsi=False,
         devices=("pvpanic-pci",),
         kernel="tsc=reliable no_timer_check 8250.nr_uarts=1",
     ),

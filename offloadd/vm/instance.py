@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -22,11 +23,12 @@ import trio
 from offloadd.bridge import Bridge
 from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError
 from offloadd.nursery import open_narrow_nursery
-from offloadd.plan.argv import InstanceFiles
+from offloadd.plan.argv import InstanceFiles, empty_slot, slot_is_writable, slot_name
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
 from offloadd.vm.console import bound_log, console_tail
-from offloadd.vm.launch import launch
+from offloadd.vm.launch import Memory, launch
+from offloadd.vm.memory import SavedGuest
 from offloadd.vm.outcome import Outcome, judge
 from offloadd.vm.ports import check_ports_free, parse_usernet
 from offloadd.vm.process import QemuProcess, find_process
@@ -54,6 +56,8 @@ class Instance:
         self._target = find_target(record.plan.system)
         self._process = process
         self._qmp = qmp
+        self._slots: dict[int, str] = {}
+        """Drives with a disk: number -> QEMU's name of the disk."""
         self._asked = False
         self._fault = ""
         self._ended = trio.Event()
@@ -95,31 +99,94 @@ class Instance:
             await self._ended.wait()
         return self._ended.is_set()
 
-    async def attach_disk(self, path: Path, serial: str) -> None:
-        """Plug in a raw image file, read-only; the guest finds it by its serial (at most 20 characters, virtio's limit)."""
+    async def pause(self) -> None:
+        """Stop the guest's processors and its clock."""
+        await self._qmp.execute("stop")
+
+    async def resume(self) -> None:
+        await self._qmp.execute("cont")
+
+    async def save(self, state: int) -> None:
+        """Write the state of the devices to the file behind the descriptor `state`, and pause for good.
+
+        The memory is in its own file already.
+        Raises:
+            MachineLostError: QEMU cannot; the text says why.
+        """
+        await self._qmp.execute("stop")
+        await self._leave_memory_out()
+        await self._qmp.give(state, "state")
+        await self._qmp.execute("migrate", uri="fd:state")
+        with trio.fail_after(CONTACT_S):
+            while (status := await self._qmp.execute("query-migrate")).get("status") not in ("completed", "failed"):  # noqa: ASYNC110
+                await trio.sleep(0.005)
+        if status["status"] == "failed":
+            raise MachineLostError(f"QEMU cannot save it: {status.get('error-desc', 'no reason')}", subject=self.name)
+
+    async def _go_on(self, saved: SavedGuest) -> None:
+        """Take over what another instance has saved."""
+        await self._leave_memory_out()
+        # Opened anew: with a position of its own.
+        state = os.open(f"/proc/self/fd/{saved.state}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            await self._qmp.give(state, "state")
+        finally:
+            os.close(state)
+        await self._qmp.execute("migrate-incoming", uri="fd:state")
+        with trio.move_on_after(CONTACT_S):
+            while (await self._qmp.execute("query-status")).get("status") == "inmigrate":  # noqa: ASYNC110
+                await trio.sleep(0.002)
+            return
+        raise MachineLostError(f"QEMU did not take over the saved guest within {CONTACT_S:.0f} s", subject=self.name)
+
+    async def _leave_memory_out(self) -> None:
+        """Of what is saved: it is in a file that both share."""
+        capability = {"capability": "x-ignore-shared", "state": True}
+        await self._qmp.execute("migrate-set-capabilities", capabilities=[capability])
+
+    async def attach_disk(self, path: Path, *, writable: bool = False) -> str:
+        """Put a raw image file into a free drive; the serial by which the guest finds it.
+
+        QEMU keeps the file open: its name may be removed.
+        Raises:
+            HostError: it cannot be opened.
+            MachineLostError: all drives are taken; QEMU refused it or went away.
+        """
+        try:
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as exc:
             raise HostError(f"cannot open {path}: {exc.strerror}", subject=self.name) from exc
         try:
+            number = self._take_slot(writable=writable)
+            slot, node = slot_name(number), f"disk-{secrets.token_hex(4)}"
             async with self._qmp.handed_over(fd) as name:
-                file = {"driver": "file", "filename": name, "read-only": True}
-                await self._qmp.execute("blockdev-add", node_name=serial, driver="raw", read_only=True, file=file)
+                file = {"driver": "file", "filename": name, "read-only": not writable}
+                # What is written need not outlive the host: flushes would cost much and save nothing.
+                given = {"driver": "raw", "read_only": not writable, "cache": {"no-flush": True}, "file": file}
+                await self._qmp.execute("blockdev-add", node_name=node, **given)
+            await self._put_in(slot, node)
         finally:
             os.close(fd)
-        try:
-            await self._qmp.execute("device_add", id=serial, drive=serial, serial=serial, **self._target.hot_disk())
-        except BaseException:
-            # Refused where a device uses it all the same.
-            with trio.move_on_after(QUIT_S, shield=True), suppress(MachineLostError):
-                await self._qmp.execute("blockdev-del", node_name=serial)
-            raise
+        self._slots[number] = node
+        return slot
 
-    async def detach_disk(self, serial: str) -> None:
-        """Unplug it; a guest that does not let go within the limit keeps it."""
+    def _take_slot(self, *, writable: bool) -> int:
+        for number in range(self.record.plan.disk_slots):
+            if number not in self._slots and slot_is_writable(number) == writable:
+                self._slots[number] = ""
+                return number
+        raise MachineLostError("all of its drives are taken", subject=self.name, hint="fewer builds in it at a time")
+
+    async def _put_in(self, slot: str, node: str) -> None:
+        await self._qmp.execute("qom-set", path=f"/machine/peripheral/{slot}", property="drive", value=node)
+
+    async def detach_disk(self, slot: str) -> None:
+        """Take it out again: the guest must have let go of it, or reads zeros from there on."""
+        number = next(number for number in self._slots if slot_name(number) == slot)
         with trio.fail_after(10):
-            await self._qmp.unplug(serial)
-            await self._qmp.execute("blockdev-del", node_name=serial)
+            await self._put_in(slot, empty_slot(number))
+            await self._qmp.execute("blockdev-del", node_name=self._slots[number])
+        del self._slots[number]
 
     def console_tail(self) -> str:
         return console_tail(self.files.console_log)
@@ -164,6 +231,7 @@ async def open_instance(
     bridge: Bridge,
     cores: Sequence[int],
     purpose: Purpose,
+    memory: Memory = None,
 ) -> AsyncIterator[Instance]:
     """Start QEMU for `plan` and end it with the block.
 
@@ -171,6 +239,7 @@ async def open_instance(
         instances: the directory below which the instance's own is made.
         logs: the directory that gets its console log and QEMU's messages when it has ended.
         cores: the host core of each virtual CPU.
+        memory: what the guest goes on from, or where it will be saved.
     Raises:
         PortTakenError, HostError, BootError: it did not start; nothing is left of it.
     """
@@ -182,7 +251,7 @@ async def open_instance(
         raise PortTakenError("runs already", subject=plan.instance, hint=f"offload vm stop {plan.instance}") from exc
     async with AsyncExitStack() as stack:
         stack.callback(_put_away, files, logs)
-        process = await launch(plan, files)
+        process = launch(plan, files, memory)
         stack.push_async_callback(process.end, KILL_S)
         # Before anything can go wrong: whatever becomes of us, the next daemon finds it.
         write_record(files.record, InstanceRecord.of_paused(plan, process, cores, purpose))
@@ -190,6 +259,8 @@ async def open_instance(
         record = await _settle(plan, files, process, qmp, cores, purpose)
         write_record(files.record, record)
         async with _supervised(Instance(record, files, process, qmp)) as instance:
+            if isinstance(memory, SavedGuest):
+                await instance._go_on(memory)
             await qmp.execute("cont")
             yield instance
 

@@ -14,13 +14,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from offloadd.errors import HostError
-from offloadd.plan.argv import InstanceFiles, QemuFds, qemu_argv
+from offloadd.plan.argv import InstanceFiles, MemoryFds, QemuFds, qemu_argv
 from offloadd.plan.machine import VmPlan
 from offloadd.spare_user import find_spare_user
+from offloadd.vm.memory import SavedGuest, Saving
+from offloadd.vm.overlay import write_overlay
 from offloadd.vm.process import QemuProcess, start_process
+
+Memory = SavedGuest | Saving | None
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,22 @@ class QemuUser:
     groups: tuple[int, ...]
 
 
-async def launch(plan: VmPlan, files: InstanceFiles) -> QemuProcess:
-    """Make the volatile disk and start QEMU.
+def launch(plan: VmPlan, files: InstanceFiles, memory: Memory = None) -> QemuProcess:
+    """Make the volatile disk and start QEMU.  Blocks for some milliseconds.
 
+    Args:
+        memory: None: to boot; else what the guest goes on from, or where it will be saved.
     Raises:
         HostError: a program is missing, a file cannot be made.
     """
-    await _make_overlay(plan, files)
+    try:
+        write_overlay(files.disk, plan.boot.disk.stat().st_size)
+    except (OSError, ValueError) as exc:
+        raise HostError(f"cannot make the disk: {exc}", subject=plan.instance) from exc
     user = _choose_user(plan, files)
-    with _opened(plan, files, user) as fds:
+    with _opened(plan, files, user, memory) as fds:
         argv = qemu_argv(plan, fds)
         return start_process(argv, files.qemu_log, fds.all(), user.uid if user else None, user.groups if user else ())
-
-
-async def _make_overlay(plan: VmPlan, files: InstanceFiles) -> None:
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(plan.boot.disk), str(files.disk)]
-    try:
-        done = await trio.run_process(argv, check=False, capture_stderr=True)
-    except OSError as exc:
-        raise HostError("qemu-img is not installed", subject=plan.instance, hint="apt-get install qemu-utils") from exc
-    if done.returncode:
-        raise HostError("cannot make the disk", subject=plan.instance, detail=done.stderr.decode(errors="replace"))
 
 
 def _choose_user(plan: VmPlan, files: InstanceFiles) -> QemuUser | None:
@@ -73,7 +70,7 @@ def _kvm_groups() -> tuple[int, ...] | None:
 
 
 @contextmanager
-def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterator[QemuFds]:
+def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: Memory) -> Iterator[QemuFds]:
     """Everything that QEMU works with; our copies are closed when it has been started."""
     with ExitStack() as stack:
 
@@ -86,7 +83,16 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterat
                 raise HostError(f"cannot hand {path} to QEMU: {exc.strerror}", subject=plan.instance) from exc
             return fd
 
+        given: MemoryFds | None = None
+        if memory is not None:
+            # Anybody may open a memory file; what may be done with it says its seal.
+            given = MemoryFds(
+                ram=open_file(_again(memory.ram), os.O_RDONLY),
+                frozen=open_file(_again(memory.frozen), os.O_RDONLY) if isinstance(memory, SavedGuest) else None,
+            )
         yield QemuFds(
+            memory=given,
+            agent=stack.enter_context(_listen(files.agent, plan.instance)).fileno(),
             qmp=stack.enter_context(_listen(files.qmp, plan.instance)).fileno(),
             console=stack.enter_context(_listen(files.console, plan.instance)).fileno(),
             console_log=open_file(files.console_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -95,6 +101,10 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None) -> Iterat
             kernel=open_file(plan.boot.kernel, os.O_RDONLY),
             initramfs=open_file(plan.boot.initramfs, os.O_RDONLY),
         )
+
+
+def _again(fd: int) -> Path:
+    return Path(f"/proc/self/fd/{fd}")
 
 
 def _permit(fd: int, flags: int, user: QemuUser | None) -> None:

@@ -96,6 +96,21 @@ class Qmp:
             with trio.move_on_after(5, shield=True), suppress(MachineLostError):
                 await self.execute("remove-fd", fdset_id=number)
 
+    async def give(self, fd: int, name: str) -> None:
+        """Give QEMU a descriptor of ours for good, under a name that `migrate` and `migrate-incoming` know as `fd:NAME`.
+
+        Raises:
+            MachineLostError: QEMU refused it or went away.
+        """
+
+        async def send() -> None:
+            self._client.send_fd_scm(fd)
+            await self._client.execute("getfd", {"fdname": name})
+
+        with _mapped("QEMU does not take a file", self._instance), trio.fail_after(ANSWER_S):
+            async with self._handing:
+                await self._bridge.call(send)
+
     async def wait_disk_full(self) -> None:
         """Wait until QEMU has paused the guest because the host has no room for what it writes.
 
@@ -116,24 +131,6 @@ class Qmp:
 
         with _mapped("QEMU went away", self._instance):
             await self._bridge.call(wait)
-
-    async def unplug(self, device: str) -> None:
-        """Take a device away and wait until the guest has let go of it.
-
-        Raises:
-            MachineLostError: QEMU refused it or went away.
-        """
-
-        async def remove() -> None:
-            with self._client.listener("DEVICE_DELETED") as deleted:
-                await self._client.execute("device_del", {"id": device})
-                async for event in deleted:
-                    data = event["data"]
-                    if isinstance(data, dict) and data.get("device") == device:
-                        return
-
-        with _mapped(f"QEMU does not give back {device}", self._instance):
-            await self._bridge.call(remove)
 
 
 @asynccontextmanager

@@ -45,8 +45,12 @@ class Session:
         self.process.stdin.write(encode(kind, payload))
         self.process.stdin.flush()
 
-    def send_build(self, source: bytes = b"", **fields: Any) -> None:
+    def begin(self, **fields: Any) -> None:
+        """Send the begin frame alone, for a source that comes in another way."""
         self.send(b"B", json.dumps(begin(**fields)).encode())
+
+    def send_build(self, source: bytes = b"", **fields: Any) -> None:
+        self.begin(**fields)
         for at in range(0, len(source), 65536):
             self.send(b"S", source[at : at + 65536])
         self.send(b"s")
@@ -100,9 +104,11 @@ class Session:
 
 def begin(**fields: Any) -> dict[str, Any]:
     return {
-        "protocol": 2,
+        "protocol": 3,
         "build": "b1",
         "environment": None,
+        "source": None,
+        "scratch": None,
         "personality": None,
         "network": False,
         "date": None,
@@ -507,7 +513,7 @@ def test_names_that_are_no_text(service: Session, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"protocol": 1}, "protocol 1 is asked for, this build service speaks 2"),
+        ({"protocol": 1}, "protocol 1 is asked for, this build service speaks 3"),
         ({"build": "../b"}, "'../b' is not the name of a build"),
         ({"directory": "/build/../etc"}, "'/build/../etc' is not a directory to build in"),
         ({"outputs": ["../x"]}, "output '../x' leaves the build directory"),

@@ -23,8 +23,8 @@ def load(name: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-frames, outputs, patterns, root, source, steps = (
-    load(name) for name in ("frames", "outputs", "patterns", "root", "source", "steps")
+disks, frames, outputs, patterns, source, steps = (
+    load(name) for name in ("disks", "frames", "outputs", "patterns", "source", "steps")
 )
 
 texts = st.text(st.characters())
@@ -129,15 +129,15 @@ def test_the_sandbox_of_a_service_that_is_no_root() -> None:
 
 
 def test_a_disk_is_found_by_its_serial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(root, "DISK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(disks, "TIMEOUT_S", 0.05)
     block = tmp_path / "block"
     # "null" is a device that every host has; a SCSI disk has its serial on a page with a header.
     for name, file, content in (("other", "serial", b"env-1"), ("null", "device/vpd_pg80", b"\0\x80\0\x05env-1")):
         (block / name / file).parent.mkdir(parents=True, exist_ok=True)
         (block / name / file).write_bytes(content)
     (block / "without").mkdir()
-    assert root.find_disk(str(tmp_path), "env-1") == "/dev/null"
+    assert disks.find_disk(str(tmp_path), "env-1") == "/dev/null"
     with pytest.raises(frames.Trouble, match="no disk env-2 came"):
-        root.find_disk(str(tmp_path), "env-2")
+        disks.find_disk(str(tmp_path), "env-2")
     (block / "null/serial").write_bytes(b"env-2\n")
-    assert root.find_disk(str(tmp_path), "env-2") == "/dev/null"
+    assert disks.find_disk(str(tmp_path), "env-2") == "/dev/null"

@@ -122,9 +122,11 @@ async def test_what_is_sent(case: Case) -> None:
     await case.run(guest)
     begin, *pieces = Decoder(HOST_KINDS).feed(guest.process.sent)
     assert begin.json() == {
-        "protocol": 2,
+        "protocol": 3,
         "build": "b1",
         "environment": "env-b1",
+        "source": None,
+        "scratch": None,
         "personality": None,
         "network": False,
         "date": int(CLOCK),

@@ -2,13 +2,15 @@
 
 from build_service.frames import Trouble
 
-PROTOCOL = 2
+PROTOCOL = 3
 PERSONALITIES = (None, "linux32")
 
 BEGIN_FIELDS = {
     "protocol": (int,),
     "build": (str,),
     "environment": (str, type(None)),
+    "source": (str, type(None)),
+    "scratch": (str, type(None)),
     "personality": (str, type(None)),
     "network": (bool,),
     "date": (int, float, type(None)),
@@ -32,7 +34,7 @@ def check_begin(begin):
     if begin["personality"] not in PERSONALITIES:
         raise Trouble("there is no personality {!r}".format(begin["personality"]))
     texts = [*begin["steps"], *begin["outputs"], *begin["env"].values(), *begin["env"], begin["directory"]]
-    texts.append(begin["environment"] or "")
+    texts += [begin[name] or "" for name in ("environment", "source", "scratch")]
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise Trouble("steps, outputs and env of the begin frame must be texts")
     build = begin["build"]

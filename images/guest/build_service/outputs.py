@@ -8,6 +8,12 @@ from build_service.patterns import expand, tree
 from build_service.porter import GROUP, USER
 from build_service.source import BLOCK
 
+BULK = 8 << 20
+"""Bytes; what is more goes to a disk when there is one.  A multiple of its blocks."""
+DISK_BLOCK = 4096
+ENOSPC = 28
+"""errno.h; the module is one more to import."""
+
 
 def octal(number, digits):
     return b"%0*o\0" % (digits, min(max(int(number), 0), 8**digits - 1))
@@ -36,22 +42,69 @@ def tar_header(name, kind, mode, size, mtime, link=b""):
 
 
 class OutputStream:
-    """Gathers small writes into frames."""
+    """Where the tar goes: in frames; or, once it is more than BULK, to the disk of which `disk` is a descriptor.
 
-    def __init__(self):
-        self.waiting = bytearray()
+    Made before the porter is in the build's root, where nothing can be imported.
+    """
+
+    def __init__(self, disk=None):
+        self.disk = disk
+        self.on_disk = 0
+        self.filled = 0
+        if disk is None:
+            self.room = memoryview(bytearray(PIECE))
+        else:
+            from mmap import mmap
+
+            # Memory that begins with a page, from which a disk can take it as it is.
+            self.room = memoryview(mmap(-1, BULK))
+
+    def space(self):
+        """Where the next bytes go; whoever puts some there adds their number to `filled`."""
+        if self.filled == len(self.room):
+            self._empty()
+        return self.room[self.filled :]
 
     def write(self, data):
-        self.waiting += data
-        while len(self.waiting) >= PIECE:
-            send(b"O", bytes(self.waiting[:PIECE]))
-            del self.waiting[:PIECE]
+        rest = memoryview(data)
+        while rest:
+            space = self.space()[: len(rest)]
+            space[:] = rest[: len(space)]
+            self.filled += len(space)
+            rest = rest[len(space) :]
 
     def end(self):
         self.write(bytes(2 * BLOCK))
-        if self.waiting:
-            send(b"O", bytes(self.waiting))
+        if self.on_disk:
+            size = self.on_disk + self.filled
+            # A disk is written in whole blocks of its own.
+            self.write(bytes(-self.filled % DISK_BLOCK))
+            self._empty()
+            os.fsync(self.disk)
+            send_event("scratch", size=size)
+        else:
+            self._send()
         send(b"o")
+
+    def _empty(self):
+        if self.disk is None:
+            self._send()
+            return
+        rest = self.room[: self.filled]
+        while rest:
+            try:
+                rest = rest[os.write(self.disk, rest) :]
+            except OSError as exc:
+                if exc.errno == ENOSPC:
+                    raise Trouble("they are larger than the disk for them") from None
+                raise
+        self.on_disk += self.filled
+        self.filled = 0
+
+    def _send(self):
+        for at in range(0, self.filled, PIECE):
+            send(b"O", bytes(self.room[at : min(at + PIECE, self.filled)]))
+        self.filled = 0
 
 
 def write_file(stream, path):
@@ -62,11 +115,11 @@ def write_file(stream, path):
         stream.write(tar_header(path, b"0", about.st_mode & 0o777, about.st_size, about.st_mtime))
         left = about.st_size
         while left:
-            piece = os.read(descriptor, min(left, PIECE))
-            if not piece:
+            count = os.readv(descriptor, [stream.space()[:left]])
+            if not count:
                 raise Trouble(f"{os.fsdecode(path)} got shorter while it was read")
-            left -= len(piece)
-            stream.write(piece)
+            stream.filled += count
+            left -= count
         stream.write(bytes(-about.st_size % BLOCK))
     finally:
         os.close(descriptor)
@@ -82,7 +135,7 @@ def write_member(stream, path):
         stream.write(tar_header(path, b"2", 0o777, 0, about.st_mtime, os.readlink(path)))
 
 
-def send_outputs(patterns):
+def send_outputs(patterns, stream):
     """Send what the patterns match in the current directory, and which of them match nothing."""
     chosen, missing = {}, []
     for pattern in patterns:
@@ -92,7 +145,6 @@ def send_outputs(patterns):
         if not found:
             missing.append(pattern)
     send_event("outputs", missing=missing)
-    stream = OutputStream()
     sent = set()
     for top in sorted(chosen):
         for path in tree(top):

@@ -1,12 +1,11 @@
 """The root file system that a build sees."""
 
 import os
-import time
 
+from build_service.disks import find_disk
 from build_service.frames import Trouble
 from build_service.kernel import MS_BIND, MS_NODEV, MS_NOSUID, MS_RDONLY
 
-DISK_TIMEOUT_S = 10.0
 OWN_ROOT = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "opt")
 """What a build without an environment sees of this system's own root, read-only."""
 
@@ -17,30 +16,6 @@ A place that any user can reach: bubblewrap runs as another one, and nobody else
 """
 HOME = "build"
 RESOLVER = "/etc/resolv.conf"
-
-
-def find_disk(sys_root, serial):
-    """The device of the disk with this serial."""
-    # It may just have been plugged in, and there is no udev to wait for.
-    deadline = time.monotonic() + DISK_TIMEOUT_S
-    while True:
-        for name in os.listdir(sys_root + "/block"):
-            if _disk_serial(f"{sys_root}/block/{name}") == serial and os.path.exists("/dev/" + name):
-                return "/dev/" + name
-        if time.monotonic() > deadline:
-            raise Trouble(f"no disk {serial} came within {DISK_TIMEOUT_S:g} s")
-        time.sleep(0.02)
-
-
-def _disk_serial(folder):
-    """As virtio shows it, or a SCSI disk: its page 80h (SPC, "Unit Serial Number") has four bytes before it."""
-    for name, header in (("serial", 0), ("device/vpd_pg80", 4)):
-        try:
-            with open(f"{folder}/{name}", "rb") as file:
-                return file.read()[header:].strip().decode(errors="replace")
-        except OSError:
-            continue
-    return None
 
 
 def make_root(kernel, begin, place, sys_root, user):

@@ -9,6 +9,9 @@
 A frame is a kind (1 byte), a length (4 bytes, big-endian) and a payload of at most 1 MiB.
     host -> guest   B begin (JSON)   S a piece of the source's tar   s its end
     guest -> host   E event (JSON)   L log   O a piece of the outputs' tar   o its end   D done, the last frame
+What is much comes and goes on disks, which the begin frame names by their serials (null: there is none).  `source` is a
+squashfs of the source, in place of the frames S and s.  On `scratch`, from its first byte, goes an outputs' tar of more than
+8 MiB, in place of the frames O: the event `scratch` says its size.
 The host keeps standard input open until it has the last frame: its end at any earlier moment cancels the build.
 
 A cancelled build leaves nothing, whatever it was doing and whatever it did to prevent it, because of these processes:
@@ -33,6 +36,7 @@ import time
 
 from build_service.begin import check_begin
 from build_service.directory import claim_directory, remove_tree
+from build_service.disks import mount_source, open_scratch
 from build_service.frames import PIECE, Cancelled, Trouble, describe, parse_json, read_frame, send, send_event
 from build_service.kernel import (
     CLONE_NEWNS,
@@ -45,7 +49,7 @@ from build_service.kernel import (
     MS_REC,
     Kernel,
 )
-from build_service.outputs import send_outputs
+from build_service.outputs import OutputStream, send_outputs
 from build_service.porter import USER, Reported, as_porter
 from build_service.root import ROOT, make_root
 from build_service.source import unpack_source
@@ -62,7 +66,10 @@ def work(kernel, begin, place, options, user):
     # bubblewrap looks for its child in /proc by the number that it has in our PID namespace.
     kernel.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mounts = make_root(kernel, begin, place, options["--sys"], user)
-    as_porter(ROOT, begin, user, unpack_source, begin["date"])
+    if begin["source"] is None:
+        as_porter(ROOT, begin, user, unpack_source, begin["date"])
+    else:
+        mounts += mount_source(kernel, begin, ROOT, place, options["--sys"], user)
     if begin["date"] is not None:
         try:
             # Linux has no clock that is younger than the boot: 1970-01-01T00:00:00 is a few seconds late.
@@ -72,10 +79,11 @@ def work(kernel, begin, place, options, user):
     send_event("started", clock=time.time(), cpu=cpu_model(), kernel=os.uname().release)
     status, step = run_steps(kernel, begin, user)
     send_event("exit", status=status, step=step, clock=time.time())
-    if status == 0:
-        as_porter(ROOT, begin, user, send_outputs, begin["outputs"])
-    elif begin["keep_failed"]:
-        as_porter(ROOT, begin, user, send_outputs, ["."])
+    wanted = begin["outputs"] if status == 0 else ["."]
+    if status == 0 or begin["keep_failed"]:
+        # Opened by root, and when nothing of the build runs any more.
+        disk = open_scratch(options["--sys"], begin["scratch"]) if wanted and begin["scratch"] is not None else None
+        as_porter(ROOT, begin, user, send_outputs, wanted, OutputStream(disk))
     for path in reversed(mounts):
         kernel.unmount(path)
 

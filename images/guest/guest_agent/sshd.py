@@ -1,0 +1,27 @@
+"""Have init start sshd, and wait until it listens."""
+
+import os
+import time
+
+import _signal
+
+LIMIT_S = 120.0
+LISTENS = ": 00000000:0016 00000000:0000 0A"
+"""What /proc/net/tcp says of a socket that listens on port 22 of all addresses."""
+
+
+def listens():
+    with open("/proc/net/tcp") as file:
+        return LISTENS in file.read()
+
+
+def main(arguments):
+    # Init is its parent, and starts it again should it end.
+    os.kill(1, _signal.SIGHUP)
+    deadline = time.monotonic() + LIMIT_S
+    while not listens():
+        if time.monotonic() > deadline:
+            os.write(2, b"sshd does not listen\n")
+            return 1
+        time.sleep(0.02)
+    return 0

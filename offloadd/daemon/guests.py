@@ -1,0 +1,148 @@
+"""Guests that nobody has used before: taken from the pool, cloned from a template, or booted, whatever is there first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from offloadd.daemon.workshop import Workshop
+from offloadd.errors import AgentError, BootError, ImageError, MachineLostError, ProtocolError
+from offloadd.guest.agent import Agent
+from offloadd.guest.open import install_secrets, open_guest, personalize
+from offloadd.model.machine import VmMachine
+from offloadd.place.warm_up import warm_up
+from offloadd.plan.machine import VmPlan
+from offloadd.process import Progress
+from offloadd.template.freeze import Workbench, freeze
+from offloadd.template.key import TemplateKey, plan_template, template_key
+from offloadd.vm.instance import Instance, open_instance
+from offloadd.vm.memory import SavedGuest
+from offloadd.vm.record import Purpose
+
+Origin = Literal["boot", "clone", "warm"]
+
+_NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError)
+"""What a clone that did not come to life ends with; a boot is tried then."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshGuest:
+    """A guest of one's own."""
+
+    instance: Instance
+    agent: Agent
+    origin: Origin
+
+
+@dataclass
+class Guests:
+    """Makes them."""
+
+    shop: Workshop
+    _refused: dict[str, str] = field(default_factory=dict)
+    """Templates that QEMU cannot save, and why."""
+
+    @asynccontextmanager
+    async def open(
+        self, plan: VmPlan, machine: VmMachine, tell: Progress, *, logs: Path, purpose: Purpose
+    ) -> AsyncIterator[FreshGuest]:
+        """A fresh guest for the length of the block.
+
+        Args:
+            tell: is told what is done, and why a guest had to be booted.
+            logs: the directory that gets its console log.
+        Raises:
+            BootError, AgentError, ProtocolError, MachineLostError, HostError, ImageError: there is none to be had.
+        """
+        async with AsyncExitStack() as stack:
+            guest = await self._try_clone(stack, plan, machine, tell, logs, purpose) if machine.template else None
+            if guest is None:
+                tell(f"booting {machine.name}", None)
+                guest = await self._start(stack, plan, tell, logs, purpose, None)
+            if machine.secret_root and purpose == "build":
+                # Nobody logs in there: it gets no keys for that.
+                await install_secrets(guest.agent, self.shop.secrets(machine).root, without="/etc/ssh/")
+            yield guest
+
+    async def _start(
+        self, stack: AsyncExitStack, plan: VmPlan, tell: Progress, logs: Path, purpose: Purpose, saved: SavedGuest | None
+    ) -> FreshGuest:
+        shop = self.shop
+        cores = stack.enter_context(shop.cores.share(plan.cpu_count))
+        opened = open_instance(
+            plan,
+            instances=shop.paths.instances,
+            logs=logs,
+            bridge=shop.bridge,
+            cores=cores,
+            purpose=purpose,
+            memory=saved,
+        )
+        instance = await stack.enter_async_context(opened)
+        agent = await stack.enter_async_context(open_guest(instance, lambda text: tell(text, None)))
+        await personalize(instance, agent)
+        return FreshGuest(instance=instance, agent=agent, origin="boot" if saved is None else "clone")
+
+    async def _try_clone(
+        self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, logs: Path, purpose: Purpose
+    ) -> FreshGuest | None:
+        """A clone, or None when there can be none; whoever follows is told why."""
+        key = template_key(plan)
+        if key.digest in self._refused:
+            tell(f"no template: {self._refused[key.digest]}", None)
+            return None
+        async with AsyncExitStack() as attempt:
+            try:
+                saved = await attempt.enter_async_context(self.template(plan, tell))
+            except (MachineLostError, ImageError) as exc:
+                if isinstance(exc, MachineLostError):
+                    self._refused[key.digest] = exc.what
+                _note(machine, f"no template: {exc}", tell)
+                return None
+            try:
+                guest = await self._start(attempt, plan, tell, logs, purpose, saved)
+            except _NO_CLONE as exc:
+                _note(machine, f"the template is of no use: {exc}", tell)
+                await attempt.aclose()
+                shutil.rmtree(logs / plan.instance, ignore_errors=True)
+                await self.shop.templates.remove(key.digest)
+                return None
+            stack.push_async_exit(attempt.pop_all())
+            return guest
+
+    @asynccontextmanager
+    async def template(self, plan: VmPlan, tell: Progress, *, rebuild: bool = False) -> AsyncIterator[SavedGuest]:
+        """The template for `plan`, made when it is missing.
+
+        Raises:
+            BootError: the guest that is to be saved did not come up.
+            MachineLostError: QEMU cannot save it.
+            ImageError: it cannot be kept.
+        """
+        key = template_key(plan)
+        if rebuild:
+            await self.shop.templates.remove(key.digest)
+        async with self.shop.templates.open(key.digest, partial(self._make, plan, key, tell), tell) as saved:
+            yield saved
+
+    async def _make(self, plan: VmPlan, key: TemplateKey, tell: Progress, directory: Path) -> None:
+        shop, name = self.shop, f"template-{key.digest[:12]}"
+        with shop.cores.share(plan.cpu_count) as cores:
+            bench = Workbench(
+                instances=shop.paths.instances, logs=shop.paths.logs / "templates" / name, bridge=shop.bridge, cores=cores
+            )
+            await freeze(plan_template(plan, name), key, bench, warm_up, directory, tell)
+
+
+def _note(machine: VmMachine, what: str, tell: Progress) -> None:
+    tell(what, None)
+    log.warning("no clone", machine=machine.name, why=what)

@@ -1,0 +1,102 @@
+"""Making a template: boot, wait for the agent, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from offloadd.bridge import Bridge
+from offloadd.digest import sparse_sha256
+from offloadd.errors import BootError
+from offloadd.guest.agent import Agent
+from offloadd.guest.open import open_guest
+from offloadd.model.quantity import format_date
+from offloadd.plan.machine import VmPlan
+from offloadd.process import Progress
+from offloadd.template.key import TemplateKey
+from offloadd.vm.instance import Instance, open_instance, while_running
+from offloadd.vm.memory import Saving, copy_memory, open_memory
+
+RAM, STATE, DISK, MANIFEST = "ram", "state", "disk.qcow2", "template.json"
+
+WarmUp = Callable[[Agent], Awaitable[None]]
+"""Is run in the guest before it is saved, so that its clones find in their memory what every build needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """Where a guest is booted to be saved."""
+
+    instances: Path
+    logs: Path
+    bridge: Bridge
+    cores: Sequence[int]
+
+
+async def freeze(
+    plan: VmPlan, key: TemplateKey, bench: Workbench, warm_up: WarmUp, directory: Path, progress: Progress
+) -> None:
+    """Fill the empty `directory` with a template.
+
+    Raises:
+        BootError: the guest did not come up.
+        MachineLostError: QEMU cannot save it.
+        HostError, OSError: the host lacks something, the disk is full.
+    """
+    ram = open_memory("offload-template", plan.memory_mib << 20)
+    try:
+        opened = open_instance(
+            plan,
+            instances=bench.instances,
+            logs=bench.logs,
+            bridge=bench.bridge,
+            cores=bench.cores,
+            purpose="build",
+            memory=Saving(ram=ram),
+        )
+        progress(f"booting {plan.machine} once, to be saved as a template", None)
+        async with opened as instance, open_guest(instance, lambda text: progress(text, None)) as agent:
+            async with while_running(instance, BootError):
+                await warm_up(agent)
+                await agent.run("/bin/sync")
+            progress("saving it", None)
+            await _save(instance, directory)
+        await trio.to_thread.run_sync(copy_memory, ram, directory / RAM)
+        await trio.to_thread.run_sync(_write_manifest, key, plan.machine, directory)
+    finally:
+        os.close(ram)
+
+
+async def _save(instance: Instance, directory: Path) -> None:
+    # Not into a file: a disk that is full is for us to tell, not for QEMU.
+    state = open_memory("offload-state")
+    try:
+        await instance.save(state)
+        await trio.to_thread.run_sync(copy_memory, state, directory / STATE)
+    finally:
+        os.close(state)
+    # Now nobody writes to its disk any more.
+    await instance.stop(polite_s=0)
+    await trio.to_thread.run_sync(shutil.copyfile, instance.files.disk, directory / DISK)
+
+
+def _write_manifest(key: TemplateKey, machine: str, directory: Path) -> None:
+    files = {
+        name: {"size": (directory / name).stat().st_size, "sparse_sha256": sparse_sha256(directory / name)}
+        for name in (RAM, STATE, DISK)
+    }
+    manifest = {
+        "digest": key.digest,
+        "machine": machine,
+        "facts": key.facts,
+        "files": files,
+        "made": format_date(datetime.now(UTC)),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,58 @@
+"""What must be the same in the guest that was saved and in its clones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from offloadd.digest import json_digest
+from offloadd.plan.machine import VmPlan
+from offloadd.plan.target import find_target
+
+FORMAT = 1
+"""Raised when templates that were made before are of no use any more."""
+DATE = datetime(2000, 1, 1, tzinfo=UTC)
+"""That of every template: a clone's clock is set, and its boot left no file that is newer than what is built in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateKey:
+    """A template's digest, and what it is made of."""
+
+    digest: str
+    facts: dict[str, Any]
+
+
+def template_key(plan: VmPlan) -> TemplateKey:
+    """The key of the template that serves `plan`: all but its name, date and ports.
+
+    Raises:
+        OSError: QEMU's binary is gone.
+    """
+    binary = Path(plan.qemu.binary).stat()
+    facts = {
+        "format": FORMAT,
+        "image": plan.boot.image,
+        "image_digest": plan.boot.digest,
+        "qemu": plan.qemu.binary,
+        "qemu_version": plan.qemu.version,
+        # A package's security update may keep the version.
+        "qemu_file": [binary.st_size, binary.st_mtime_ns],
+        "accelerator": plan.qemu.accelerator,
+        "machine_type": find_target(plan.system).machine,
+        "system": plan.system,
+        "cpu": plan.cpu,
+        "cpu_count": plan.cpu_count,
+        "memory_mib": plan.memory_mib,
+        "network": plan.network,
+        "disk_slots": plan.disk_slots,
+        "options": list(plan.options),
+    }
+    return TemplateKey(digest=json_digest(facts), facts=facts)
+
+
+def plan_template(plan: VmPlan, instance: str) -> VmPlan:
+    """The plan of the guest that is saved."""
+    return replace(plan, instance=instance, date=DATE, forwards=())
