@@ -1,43 +1,60 @@
-"""Boots of our own QEMU, timed by the lines on the console: of our image, and of a systemd image of the same Debian."""
+"""Boots of our own QEMU: to lines on the console, and to the first command over the agent."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
 
 from bench.measure import BenchError
-from bench.workplace import Workplace
-from offloadd.daemon.workshop import Workshop
+from bench.stock import Stock
+from offloadd.guest.open import open_guest, personalize
 from offloadd.plan.machine import VmPlan
-from offloadd.vm.instance import open_instance
+from offloadd.vm.instance import Instance, open_instance
 
 BOOT_LIMIT_S = 180.0
+READY_LIMIT_S = 30.0
 POLL_S = 0.005
 FIRST = r"^offload-init: \d{4}-"
-OURS_READY = r"^offload-init: ready"
 
 
-async def boot(shop: Workshop, place: Workplace, plan: VmPlan, lines: Sequence[str]) -> list[float]:
+async def boot(stock: Stock, plan: VmPlan, lines: Sequence[str]) -> list[float]:
     """Boot once; when each line came, in seconds since before QEMU's start.
 
     Raises:
         BenchError: a line did not come.
     """
+    began = trio.current_time()
+    async with _opened(stock, plan) as instance:
+        return [when - began for when in await _watch(instance.files.console_log, lines)]
+
+
+async def boot_ours(stock: Stock) -> list[float]:
+    """Boot our image once; when its first line came, and when its first command was done."""
+    began = trio.current_time()
+    async with _opened(stock, replace(stock.plan, instance="ours")) as instance:
+        times = await _watch(instance.files.console_log, [FIRST])
+        async with open_guest(instance, lambda text: None) as agent:
+            await personalize(instance, agent)
+            status, _ = await agent.run("/bin/true")
+        if status:
+            raise BenchError(f"`true` ended with status {status}")
+        return [times[0] - began, trio.current_time() - began]
+
+
+@asynccontextmanager
+async def _opened(stock: Stock, plan: VmPlan) -> AsyncIterator[Instance]:
+    shop = stock.shop
     with shop.cores.share(plan.cpu_count) as cores:
-        began = trio.current_time()
         opened = open_instance(
-            plan,
-            instances=shop.paths.instances,
-            logs=place.folder / "logs",
-            bridge=shop.bridge,
-            cores=cores,
-            purpose="build",
+            plan, instances=shop.paths.instances, logs=stock.logs, bridge=shop.bridge, cores=cores, purpose="build"
         )
         async with opened as instance:
-            return [when - began for when in await _watch(instance.files.console_log, lines)]
+            yield instance
 
 
 async def _watch(console: Path, lines: Sequence[str]) -> list[float]:

@@ -6,10 +6,8 @@ import sys
 
 from bench.login import make_login
 from bench.measure import Budget, Row, Series, in_turn, time_program
-from bench.workplace import MACHINE, Workplace
+from bench.workplace import MACHINE, OTHER_DATE, Workplace
 from offloadd.process import Progress
-
-OTHER_DATE = "2018-06-01"
 
 
 def measure_running(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
@@ -45,11 +43,13 @@ def measure_running(place: Workplace, budget: Budget, tell: Progress) -> list[Ro
 def measure_own_vm(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:
     """A build at another date: a VM boots for it."""
     build = Series("offload build --date")
+    # The first one makes the template.
+    place.build("--date", OTHER_DATE)
     for number in budget.rounds():
         tell(f"build {number + 1} in a VM of its own", None)
         build.seconds.append(place.build("--date", OTHER_DATE))
-    compares = "`offload build --date` of a one-line recipe: boot, build, end of the VM"
-    return [Row(name="build in a VM of its own", compares=compares, ours=build)]
+    compares = "`offload build --date` of a one-line recipe, from the shell and back: a fresh guest, build, end of the guest"
+    return [Row(name="no-op build in a VM of its own", compares=compares, ours=build, relation="time", target=0.6)]
 
 
 def measure_command(place: Workplace, budget: Budget, tell: Progress) -> list[Row]:

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import trio
 
-from bench.boots import FIRST, OURS_READY, boot
-from bench.measure import Budget, Row, Series
+from bench.boots import FIRST, READY_LIMIT_S, boot, boot_ours
+from bench.measure import BenchError, Budget, Row, Series
 from bench.others import boot_debvm, boot_plain, boot_plain_command, boot_vng
-from bench.systemd_image import READY, SystemdImage, ensure_systemd_image
+from bench.program import time_to_end
+from bench.stock import Stock, open_stock
+from bench.systemd_image import READY
 from bench.ways import Point, Way, go_in_turn, way_rows
-from bench.workplace import MACHINE, Workplace
-from offloadd.daemon.workshop import Workshop, open_workshop
-from offloadd.model.machine import VmMachine
+from bench.workplace import Workplace
 from offloadd.nursery import narrow
-from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stock:
-    """What can be booted in this process, without a daemon."""
-
-    shop: Workshop
-    machine: VmMachine
-    plan: VmPlan
-    """Our image, with free ports."""
-    image: SystemdImage
-
-
-@asynccontextmanager
-async def open_stock(place: Workplace, tell: Progress) -> AsyncIterator[Stock]:
-    """Make the images, when there are none yet."""
-    async with open_workshop(place.paths, place.paths.state / "bench.sqlite") as shop:
-        library = shop.library()
-        machine = library.vm(MACHINE)
-        plan = await shop.plan(machine, library, tell)
-        plan = replace(plan, instance="ours", forwards=tuple((0, guest) for _, guest in plan.forwards))
-        image = await ensure_systemd_image(await shop.image(library, machine.image, tell), place.paths, tell)
-        yield Stock(shop=shop, machine=machine, plan=plan, image=image)
+from offloadd.vm.footprint import private_memory
 
 
 def measure_fresh(place: Workplace, budget: Budget, tell: Progress) -> tuple[list[Row], dict[str, str]]:
@@ -58,40 +35,77 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress) -> tuple[li
         series=Series("systemd, finished"),
         what="a systemd boot of the same Debian (same QEMU options, kernel and packages) to the end of multi-user.target",
     )
+    footprints: list[int] = []
     async with open_stock(place, tell) as stock:
-        ways = [*_our_ways(stock, place, base), *_other_ways(stock, place)]
+        tell("making the template", None)
+        async with stock.open_clone("first"):
+            pass
+        ways = [*_our_ways(stock, base, footprints), *_other_ways(stock)]
         await go_in_turn(ways, budget, tell)
-        image = await stock.shop.image(stock.shop.library(), stock.machine.image, tell)
     facts = {
         "accelerator": stock.plan.qemu.accelerator,
         "qemu": stock.plan.qemu.version,
         "cpu": stock.plan.cpu,
         "cpu_count": str(stock.plan.cpu_count),
         "memory": f"{stock.plan.memory_mib} MiB",
-        "image_digest": image.digest,
-        "kernel": image.kernel_version,
+        "private_memory_of_a_clone": f"{median(footprints) / 1e6:.0f} MB (target: at most 110 MB)",
+        "image_digest": stock.ours.digest,
+        "kernel": stock.ours.kernel_version,
     }
-    return way_rows(ways, base), facts
+    return way_rows(ways, base, drawn=True), facts
 
 
-def _our_ways(stock: Stock, place: Workplace, base: Point) -> list[Way]:
-    systemd = replace(stock.plan, instance="systemd", boot=stock.image.boot)
+def _our_ways(stock: Stock, base: Point, footprints: list[int]) -> list[Way]:
+    systemd = replace(stock.plan, instance="systemd", boot=stock.systemd.boot)
     return [
+        Way(
+            name="our clone",
+            points=(
+                Point(
+                    series=Series("our clone, a command"),
+                    what="a clone of our template to the end of its first command, over the agent",
+                    target=1 / 40,
+                    limit_s=0.25,
+                ),
+                Point(
+                    series=Series("our clone, a command over SSH"),
+                    what="the same clone given keys and sshd, to the end of `ssh true`",
+                ),
+            ),
+            go=partial(_clone, stock, footprints),
+        ),
         Way(
             name="our cold boot",
             points=(
                 Point(series=Series("our cold boot, first line"), what="first line of our init", target=0.25),
-                Point(series=Series("our cold boot, ready"), what="our init has set everything up"),
+                Point(
+                    series=Series("our cold boot, a command"), what="our image to the end of its first command, over the agent"
+                ),
             ),
-            go=partial(boot, stock.shop, place, stock.plan, [FIRST, OURS_READY]),
+            go=partial(boot_ours, stock),
         ),
-        Way(name="systemd", points=(base,), go=partial(boot, stock.shop, place, systemd, [READY])),
+        Way(name="systemd", points=(base,), go=partial(boot, stock, systemd, [READY])),
     ]
 
 
-def _other_ways(stock: Stock, place: Workplace) -> list[Way]:
-    plan, image = stock.plan, stock.image
-    home = place.folder / "vng"
+async def _clone(stock: Stock, footprints: list[int]) -> Sequence[float]:
+    began = trio.current_time()
+    async with stock.open_clone("clone") as guest:
+        status, _ = await guest.agent.run("/bin/true")
+        commanded = trio.current_time() - began
+        if status:
+            raise BenchError(f"`true` ended with status {status}")
+        if size := await trio.to_thread.run_sync(private_memory, guest.instance.record.pid):
+            footprints.append(size)
+        began_again = trio.current_time()
+        login = await stock.admit(guest)
+        await time_to_end([*login.ssh, "true"], limit_s=READY_LIMIT_S)
+        return commanded, commanded + trio.current_time() - began_again
+
+
+def _other_ways(stock: Stock) -> list[Way]:
+    plan, image = stock.plan, stock.systemd
+    home = stock.folder / "vng"
     home.mkdir()
 
     def point(name: str, what: str) -> tuple[Point]:

@@ -27,10 +27,17 @@ async def time_to_end(argv: Sequence[str], *, limit_s: float, env: Mapping[str, 
 
 
 async def time_to_lines(
-    argv: Sequence[str], patterns: Sequence[re.Pattern[str]], *, limit_s: float, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    patterns: Sequence[re.Pattern[str]],
+    *,
+    limit_s: float,
+    env: Mapping[str, str] | None = None,
+    heard: list[str] | None = None,
 ) -> list[float]:
     """Seconds from the start of a program to each of its lines that match, in their order; then it is ended.
 
+    Args:
+        heard: gets these lines.
     Raises:
         BenchError: it is missing, ends before, or takes too long.
     """
@@ -45,6 +52,8 @@ async def time_to_lines(
         last = line.strip() or last
         if patterns[len(times)].search(line):
             times.append(trio.current_time() - began)
+            if heard is not None:
+                heard.append(line)
             if len(times) == len(patterns):
                 raise Enough
 

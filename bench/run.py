@@ -18,12 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.builds import measure_command, measure_own_vm, measure_running
+from bench.compiling import measure_compile
 from bench.fresh import measure_fresh
 from bench.images import measure_image
 from bench.measure import BenchError, Budget, Row
 from bench.report import table, write_report
 from bench.routes import measure_binfmt, measure_local
 from bench.routing import measure_routing
+from bench.slots import measure_slots
 from bench.throughput import measure_throughput
 from bench.workplace import open_workplace
 from offloadd.errors import OffloadError
@@ -86,6 +88,10 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
         if "throughput" in parts:
             rows += measure_throughput(place, limit(60, 1, 2), _tell("throughput"), quick=quick)
+        if "compile" in parts:
+            rows += measure_compile(place, limit(60, 1, 3), _tell("compile"))
+        if "slots" in parts:
+            rows += measure_slots(place, limit(40, 1, 3), _tell("slots"))
         if "routes" in parts:
             rows += measure_local(place, limit(30, 5, 15), _tell("routes"))
             rows += measure_binfmt(place, limit(150, 1, 3), _tell("routes"))

@@ -6,7 +6,7 @@ A way of somebody else's tool that is missing, or does not work here, is a row t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 
 from bench.measure import BenchError, Budget, Row, Series, in_turn
@@ -22,6 +22,9 @@ class Point:
     what: str
     """The left side of the comparison."""
     target: float | None = None
+    """At most this share of the base."""
+    limit_s: float | None = None
+    """At most this long: a row of its own."""
 
 
 @dataclass(kw_only=True)
@@ -69,19 +72,21 @@ async def _go(way: Way) -> None:
         point.series.seconds.append(seconds)
 
 
-def way_rows(ways: Sequence[Way], base: Point) -> list[Row]:
-    """A row for each point but `base`, which they are compared with."""
-    return [
-        Row(
+def way_rows(ways: Sequence[Way], base: Point, *, drawn: bool) -> list[Row]:
+    """A row for each point but `base`, which they are compared with, and one for each limit."""
+    rows = []
+    for way, point in ((way, point) for way in ways for point in way.points if point is not base):
+        row = Row(
             name=point.series.name,
             compares=f"{point.what} : {base.what}",
             ours=point.series,
             base=base.series,
             target=point.target,
             why_not=way.why_not,
-            drawn=True,
+            drawn=drawn,
         )
-        for way in ways
-        for point in way.points
-        if point is not base
-    ]
+        rows.append(row)
+        if point.limit_s is not None:
+            alone = replace(row, compares=point.what, base=None, relation="time", target=point.limit_s, drawn=False)
+            rows.append(alone)
+    return rows

@@ -23,6 +23,8 @@ from bench.measure import BenchError, time_program
 from offloadd.paths import Paths, find_paths, make_private
 
 MACHINE = "bench-vm"
+OTHER_DATE = "2018-06-01"
+"""Of a build that gets a VM of its own."""
 _MACHINE = """\
 kind: build-vm
 name: {name}
@@ -51,9 +53,15 @@ class Workplace:
         """Seconds that one `offload` takes, as its user waits for it. Raises BenchError when it fails."""
         return time_program([*self.offload, *arguments], env=self.env, cwd=self.folder, limit_s=limit_s)
 
-    def build(self, *options: str) -> float:
+    def build(self, *options: str, machine: str = MACHINE, out: str = "out") -> float:
         """The same for `offload build` of a one-line recipe."""
-        return self.run("build", "--machine", MACHINE, "-o", str(self.folder / "out"), *options, str(self.folder / "one-line"))
+        return self.run("build", "--machine", machine, "-o", str(self.folder / out), *options, str(self.folder / "one-line"))
+
+    def add_machine(self, name: str, more: str = "") -> None:
+        """Declare a build-vm with free ports, and further lines of YAML."""
+        ssh, secrets = _free_ports()
+        text = _MACHINE.format(name=name, ssh=ssh, secrets=secrets)
+        (self.paths.config / "machines" / f"{name}.yaml").write_text(text + more)
 
     def ask(self, *arguments: str) -> Any:
         """What a reading command says with `--json`. Raises BenchError when it fails."""
@@ -108,8 +116,7 @@ def _write_files(place: Workplace) -> None:
     for folder in (machines, project):
         folder.mkdir(parents=True)
     make_private(place.paths.runtime)
-    ssh, secrets = _free_ports()
-    (machines / f"{MACHINE}.yaml").write_text(_MACHINE.format(name=MACHINE, ssh=ssh, secrets=secrets))
+    place.add_machine(MACHINE)
     (project / "offload.yaml").write_text(_ONE_LINE)
 
 

@@ -21,6 +21,8 @@ import trio
 from offloadd.binfmt.emulator import PACKAGE, find_emulated
 from offloadd.binfmt.status import Status, find_usable, read_status
 from offloadd.config.library import Library, load_library
+from offloadd.daemon.host_memory import HostMemory, read_host_memory
+from offloadd.daemon.keeping import ROOM, Want
 from offloadd.debian import find_mirrors
 from offloadd.errors import ConfigError, OffloadError
 from offloadd.host import native_systems
@@ -29,7 +31,9 @@ from offloadd.model.quantity import format_size
 from offloadd.paths import Paths, find_paths
 from offloadd.plan.argv import InstanceFiles
 from offloadd.process import program_environment, read_program
+from offloadd.template.store import TemplateStore
 from offloadd.vm.accelerator import Verdict
+from offloadd.vm.memory import open_memory, seal_memory
 from offloadd.vm.qemu import find_qemu
 
 LEAST_DISK = 10 << 30
@@ -96,6 +100,8 @@ async def examine(paths: Paths) -> list[Requirement]:
         await check_mirror(library),
         check_disk(paths.cache),
         check_memory(library),
+        *check_warm(library, read_host_memory()),
+        check_templates(paths.cache / "templates"),
         check_cores(library),
         check_binfmt(read_status(), find_emulated(native_systems()), native_systems()),
         check_kvm(paths.state / "accelerator.json"),
@@ -217,7 +223,7 @@ def check_disk(cache: Path, least: int = LEAST_DISK) -> Requirement:
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     found = f"{format_size(free)} free in {existing}"
-    row = Requirement(name="disk", state=State.OK, found=found, purpose="images and environments")
+    row = Requirement(name="disk", state=State.OK, found=found, purpose="images, environments, templates")
     remedy = f"offload image gc; or set XDG_CACHE_HOME to a larger disk ({format_size(least)} is comfortable)"
     return row if free >= least else replace(row, state=State.WARNING, remedy=remedy)
 
@@ -231,6 +237,44 @@ def check_memory(library: Library | None, meminfo: Path = Path("/proc/meminfo"))
         return row
     remedy = f"lower memory-size of {', '.join(large)}, or end other programs"
     return replace(row, state=State.WARNING, found=f"{row.found}, less than {', '.join(large)} has", remedy=remedy)
+
+
+def check_warm(library: Library | None, memory: HostMemory) -> list[Requirement]:
+    """Whether the clones that machines want to have waiting fit beside everything else; nothing when none does."""
+    machines = [machine for machine in (library.vms.values() if library else ()) if machine.warm and machine.template]
+    if not machines:
+        return []
+    wants = [
+        Want(machine=machine.name, digest="", count=machine.warm, memory_mib=machine.memory_size, used=0.0)
+        for machine in machines
+    ]
+    needed, room = sum(want.count * want.cost for want in wants), memory.available - memory.total // ROOM
+    found = f"{_count(sum(want.count for want in wants), 'clone')} may need {format_size(needed)}"
+    row = Requirement(name="waiting clones", state=State.OK, found=found, purpose="`warm` of machines: guests at once")
+    if needed <= room:
+        return [row]
+    names = ", ".join(machine.name for machine in machines)
+    found += f", and there is room for {format_size(max(room, 0))}: fewer will wait"
+    return [replace(row, state=State.WARNING, found=found, remedy=f"lower `warm` of {names}, or end other programs")]
+
+
+def check_templates(root: Path) -> Requirement:
+    """Whether guests can be clones, and what is kept for that."""
+    row = Requirement(
+        name="templates", state=State.OK, found="", purpose="a fresh guest for each build in a fraction of a second"
+    )
+    try:
+        memory = open_memory("offload-doctor", 1)
+        try:
+            seal_memory(memory)
+        finally:
+            os.close(memory)
+    except OSError as exc:
+        remedy = "allow memfd_create(2) with seals: a container may forbid it; until then each guest is booted"
+        return replace(row, state=State.WARNING, found=f"sealed memory cannot be made: {exc.strerror}", remedy=remedy)
+    found = TemplateStore(root).list()
+    size = sum(template.size_on_disk() for template in found)
+    return replace(row, found=f"{len(found)} made, {format_size(size)} (offload template list)" if found else "none made yet")
 
 
 def check_cores(library: Library | None) -> Requirement:

@@ -10,11 +10,11 @@ import typer
 
 from offload_cli.complete import machine_names, prefer_names, system_names
 from offload_cli.connection import open_client
-from offload_cli.order import Done, Order, carry_out
+from offload_cli.order import Done, Order, carry_out, own_files
 from offload_cli.phases import open_phases
 from offload_cli.request import Changes, make_request
-from offload_cli.result import check_out, default_out
-from offload_cli.route import decision_table
+from offload_cli.result import DEFAULT, check_out, default_out
+from offload_cli.route import decision_table, source_line
 from offload_cli.show import build_summary
 from offload_cli.side_by_side import Run, carry_out_all, last_lines
 from offload_cli.target import DebianOptions, Target, find_target, known_system, released
@@ -46,6 +46,9 @@ def build(
         [], metavar="NAME", autocompletion=prefer_names, help="A machine or kind to take first of those that can; repeatable."
     ),
     feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
+    keep_machine: bool = typer.Option(
+        False, "--keep-machine", help="Build in the machine that you started with `offload vm start`, and leave it running."
+    ),
     network: bool = typer.Option(False, "--network", help="Give the steps the network, on a machine that allows it."),
     explain: bool = typer.Option(False, "--explain", help="Show which machine would take it, and why; build nothing."),
     out: Path | None = typer.Option(
@@ -67,6 +70,9 @@ def build(
 
     WHAT is a directory with an offload.yaml (or the command to run is given after `--`), a Debian source package
     (NAME or NAME=VERSION) or a .dsc file.  The build's log goes to standard output and to OUT/build.log.
+
+    In a virtual machine each build has a guest that nobody has used before and nobody uses again; with --keep-machine it
+    is done in the machine that runs for you, which is started when it does not, without a date of its own.
 
     \b
     Examples:
@@ -91,13 +97,14 @@ def build(
         "timeout": timeout,
         "max-silent-time": max_silent_time,
         "keep-failed": keep_failed,
+        "keep-machine": keep_machine,
     }
     try:
         target = find_target(what, changes, DebianOptions(build_options=tuple(build_option), check=not no_check))
         systems = _systems(target, system, all_systems=all_systems)
         requests = [make_request(target.work, {**options, **released(target, date), "system": name}) for name in systems]
         if explain:
-            raise typer.Exit(_explain(requests, as_json=as_json))
+            raise typer.Exit(_explain(target, out, requests, as_json=as_json))
         orders = [Order(target=target, request=request, out=_out(out, target, request, systems)) for request in requests]
         status = _one(orders[0], as_json=as_json) if len(orders) == 1 else _several(orders, as_json=as_json)
     except OffloadError as exc:
@@ -130,17 +137,30 @@ def _out(out: Path | None, target: Target, request: BuildRequest, systems: list[
     return check_out(out, target.source)
 
 
-def _explain(requests: list[BuildRequest], *, as_json: bool) -> int:
-    """Show where they would go; 0 when each of them has a machine."""
+def _explain(target: Target, out: Path | None, requests: list[BuildRequest], *, as_json: bool) -> int:
+    """Show where they would go, and how; 0 when each of them has a machine."""
+    source = _source_facts(target, out)
     with open_client() as client:
-        decisions = [client.post("/v1/route", request.to_json()) for request in requests]
+        decisions = [{**client.post("/v1/route", request.to_json()), "source": source} for request in requests]
     if as_json:
         print_json(decisions if len(decisions) > 1 else decisions[0])
     else:
         if found := requests[0].released:
             say(f"the date is {format_date(found.date)}: {found.origin}")
         print_text("\n\n".join(decision_table(decision, terminal_width()) for decision in decisions))
+        if source is not None:
+            print_text(source_line(source))
     return 0 if all(decision["machine"] for decision in decisions) else NoMachineError.exit_status
+
+
+def _source_facts(target: Target, out: Path | None) -> dict[str, Any] | None:
+    """How much would be sent, and what it would go by to a VM; None when nothing would be: the daemon fetches it."""
+    from offloadd.builder.bulk import bulk_channel
+
+    if target.directory is None and not target.files:
+        return None
+    size = target.size(own_files(out or Path(DEFAULT)))
+    return {"size": size, "channel_to_vms": bulk_channel(size)}
 
 
 def _one(order: Order, *, as_json: bool) -> int:

@@ -47,6 +47,13 @@ def environment_names(incomplete: str) -> list[tuple[str, str]]:
     return [(digest, words) for digest, words in found if digest.startswith(incomplete)]
 
 
+def template_names(incomplete: str) -> list[tuple[str, str]]:
+    """The digests of templates, with what they are."""
+    rows = _ask("/v1/templates")
+    found = [(str(row["digest"])[:12], f"{row['machine']} on {row['cpu']}") for row in rows]
+    return [(digest, words) for digest, words in found if digest.startswith(incomplete)]
+
+
 def quirk_names(incomplete: str) -> list[str]:
     """What `offload quirks` remembers."""
     return sorted({str(row["name"]) for row in _ask("/v1/quirks") if str(row["name"]).startswith(incomplete)})

@@ -93,7 +93,8 @@ def rm(name: str = _NAME, as_json: bool = json_option()) -> None:
 
 @app.command()
 def gc(as_json: bool = json_option()) -> None:
-    """Remove the images that no description names and no machine uses, and the environments that no build used lately.
+    """Remove what nobody needs: images that no description names and no machine uses, environments that no build used
+    lately, and templates that no machine would use.
 
     \b
     Example:
@@ -104,5 +105,5 @@ def gc(as_json: bool = json_option()) -> None:
     if as_json:
         print_json(gone)
     else:
-        counts = (f"{len(digests)} {kind if len(digests) != 1 else kind[:-1]}" for kind, digests in gone.items())
-        say(f"removed {' and '.join(counts)}")
+        *counts, last = (f"{len(digests)} {kind if len(digests) != 1 else kind[:-1]}" for kind, digests in gone.items())
+        say(f"removed {', '.join(counts)} and {last}")

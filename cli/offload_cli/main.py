@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from offload_cli import binfmt, builds, daemon, doctor, environments, images, machine, quirks, vm
+from offload_cli import binfmt, builds, daemon, doctor, environments, images, machine, quirks, templates, vm
 from offload_cli.build import build
 from offload_cli.route import route
 from offload_cli.terminal import say, say_error
@@ -56,6 +56,7 @@ app.command()(route)
 builds.add_to(app)
 app.add_typer(images.app, name="image")
 app.add_typer(environments.app, name="env")
+app.add_typer(templates.app, name="template")
 app.add_typer(machine.app, name="machine")
 app.add_typer(vm.app, name="vm")
 app.add_typer(binfmt.app, name="binfmt")

@@ -35,7 +35,12 @@ class Order:
     @property
     def exclude(self) -> tuple[Path, ...]:
         """What is ours in the source."""
-        return (self.out, Path(DEFAULT).resolve())
+        return own_files(self.out)
+
+
+def own_files(out: Path) -> tuple[Path, ...]:
+    """What is ours in a source: results, this one's and those in the usual place."""
+    return (out.resolve(), Path(DEFAULT).resolve())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 from offload_cli.terminal import one_line
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 _CHANGING = re.compile(r"\([^()]*\)$|\d+")
 _EVERY_S = 5.0
+_MOMENT_S = 0.5
+"""A build that has nothing to do in a fresh clone has said all by then."""
 
 
 class Phases(Protocol):
@@ -59,27 +62,46 @@ class PlainPhases:
 
 
 class LivePhases:
-    """The phase with its bar and the time since the beginning, in one line that vanishes at the end."""
+    """The phase with its bar and the time since the beginning, in one line that vanishes at the end.
 
-    def __init__(self) -> None:
+    It comes when nothing else was shown for a moment: phases that are over before anybody has read them would only flicker.
+    """
+
+    def __init__(self, moment_s: float = _MOMENT_S) -> None:
+        self._moment_s = moment_s
+        self._lock = threading.Lock()
+        """Of what follows: the line comes from a thread of its own."""
+        self._phase: tuple[str, float | None] = ("", None)
+        self._due: threading.Timer | None = None
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._began: float | None = None
+        self._began = time.monotonic()
 
     def tell(self, text: str, fraction: float | None) -> None:
-        progress = self._progress or self._start()
-        assert self._task is not None
+        with self._lock:
+            self._phase = (text, fraction)
+            if self._progress is not None:
+                self._update(self._progress)
+            elif self._due is None:
+                self._due = threading.Timer(self._moment_s, self._show)
+                self._due.daemon = True
+                self._due.start()
+
+    def _show(self) -> None:
+        with self._lock:
+            # It may have been called off while it waited for the lock.
+            if self._due is threading.current_thread():
+                self._due = None
+                self._progress = make_progress(transient=True)
+                self._progress.add_task("", total=None)
+                self._progress.tasks[0].start_time = self._began
+                self._update(self._progress)
+                self._progress.start()
+
+    def _update(self, progress: Progress) -> None:
+        text, fraction = self._phase
         # The total None makes a bar that only moves.
         total, completed = (None, 0.0) if fraction is None else (1.0, min(max(fraction, 0.0), 1.0))
-        progress.update(self._task, description=one_line(text, 100), total=total, completed=completed)
-
-    def _start(self) -> Progress:
-        self._progress = make_progress(transient=True)
-        self._progress.start()
-        self._task = self._progress.add_task("", total=None)
-        task = self._progress.tasks[0]
-        self._began = task.start_time = self._began if self._began is not None else task.start_time
-        return self._progress
+        progress.update(progress.task_ids[0], description=one_line(text, 100), total=total, completed=completed)
 
     def line(self, text: str) -> None:
         self.pause()
@@ -87,9 +109,13 @@ class LivePhases:
         sys.stderr.flush()
 
     def pause(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = self._task = None
+        with self._lock:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
 
 
 def make_progress(*, transient: bool) -> Progress:

@@ -17,6 +17,7 @@ from offload_cli.target import DebianOptions, Target, find_target, known_system,
 from offload_cli.terminal import one_line, print_json, print_text, terminal_width
 from offload_cli.words import json_option
 from offloadd.errors import NoMachineError
+from offloadd.model.quantity import format_size
 
 
 def route(
@@ -30,6 +31,7 @@ def route(
         [], metavar="NAME", autocompletion=prefer_names, help="A machine or kind to take first; repeatable."
     ),
     feature: list[str] = typer.Option([], metavar="LABEL", help="What the machine must offer; repeatable."),
+    keep_machine: bool = typer.Option(False, "--keep-machine", help="As for offload build."),
     network: bool = typer.Option(False, "--network", help="The build needs the network."),
     as_json: bool = json_option(),
 ) -> None:
@@ -52,6 +54,7 @@ def route(
         "cpu": cpu,
         "machine": machine,
         "prefer": tuple(prefer),
+        "keep-machine": keep_machine,
     }
     request = make_request(target.work, options)
     with open_client() as client:
@@ -68,6 +71,12 @@ def _any_target(changes: Changes) -> Target:
     from offloadd.model.recipe import BuildRecipe
 
     return Target(work=BuildRecipe.model_validate({"name": "any", "steps": ("true",), **changes.requirements}))
+
+
+def source_line(source: Mapping[str, Any]) -> str:
+    """What a source goes by."""
+    ways = "to VMs as a disk, else in frames" if source["channel_to_vms"] == "disk" else "in frames"
+    return f"source   {format_size(source['size'])}: {ways}"
 
 
 def decision_table(decision: Mapping[str, Any], width: int | None = None) -> str:

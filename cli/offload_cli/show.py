@@ -140,17 +140,29 @@ def _where(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "instance" not in result:
         kernel = f" (Linux {result['kernel']})" if result.get("kernel") else ""
         return [*about, ("machine", f"{result.get('machine', '')}{kernel}"), ("tried before", str(result.get("retried", "")))]
-    boot = result.get("boot_s")
-    how = f", booted for it in {format_duration(boot)}" if result.get("own_vm") and boot else ", which was running"
     clock, model, accelerator = result.get("clock"), str(result.get("cpu", "")), str(result.get("accelerator", ""))
     return [
         *about,
-        ("machine", f"{result['machine']}{how}"),
+        ("machine", f"{result['machine']}, {_guest(result)}"),
         ("tried before", str(result.get("retried", ""))),
         ("accelerator", f"{accelerator.upper()} (QEMU {result.get('qemu', '?')})"),
         ("CPU", cpu(model, result.get("missing_cpu_features", []), accelerator, limit=4)),
         ("clock", f"{moment(clock)} in the guest" if isinstance(clock, (int, float)) else ""),
     ]
+
+
+def _guest(result: Mapping[str, Any]) -> str:
+    """How the build came to the guest that it had."""
+    seconds = result.get("boot_s")
+    took = format_duration(seconds) if isinstance(seconds, (int, float)) and seconds else ""
+    match result.get("guest"):
+        case "clone":
+            return f"a fresh clone, ready in {took}"
+        case "warm":
+            return f"a fresh clone that was waiting, ready in {took}"
+        case "kept":
+            return f"started in {took} and kept running" if took else "kept running"
+    return f"booted for it in {took}" if result.get("own_vm") and took else "which was running"
 
 
 def _automatic_date(result: Mapping[str, Any]) -> str:
@@ -243,23 +255,38 @@ def environments_table(rows: Iterable[Mapping[str, Any]], now: float, width: int
 
 
 def machines_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | None = None) -> str:
-    """`offload vm list`; see `fitting_table` for `width`."""
+    """`offload vm list`: each machine, and below it the guests of it that run for builds; see `fitting_table` for `width`."""
 
-    def row(machine: Mapping[str, Any]) -> dict[str, str]:
-        state = f"{machine['state']} ({ago(machine['since'], now)})" if machine.get("since") else str(machine["state"])
-        memory = format_size(machine["memory_mib"] * 1024 * 1024)
+    def row(machine: Mapping[str, Any], name: str, state: str) -> dict[str, str]:
+        private = machine.get("private_memory")
         return {
-            "NAME": str(machine["name"]),
-            "KIND": str(machine["kind"]),
-            "STATE": state,
+            "NAME": name,
+            "KIND": str(machine.get("kind") or ""),
+            "STATE": f"{state} ({ago(machine['since'], now)})" if machine.get("since") else state,
             "DATE": str(machine["date"] or "today"),
             "CPU": str(machine.get("cpu") or "by date"),
             "vCPUs": str(machine["cpu_count"]),
-            "MEMORY": memory,
+            "MEMORY": format_size(machine["memory_mib"] << 20),
+            "PRIVATE": format_size(private) if private is not None else "-",
             "SSH": str(machine.get("ssh_port") or "-"),
         }
 
-    return fitting_table([row(machine) for machine in rows], width, ("vCPUs", "MEMORY", "KIND", "CPU"))
+    lines = []
+    for machine in rows:
+        lines.append(row(machine, str(machine["name"]), str(machine["state"])))
+        for guest in machine.get("guests", ()):
+            # One that waits has the date of whoever takes it.
+            shown = {**guest, "date": "-"} if guest["purpose"] == "warm" else guest
+            lines.append(row(shown, f"- {guest['instance']}", _guest_state(guest)))
+    return fitting_table(lines, width, ("vCPUs", "KIND", "MEMORY", "CPU", "DATE"))
+
+
+def _guest_state(guest: Mapping[str, Any]) -> str:
+    """What a guest that is no user's machine is there for; the daemon names it after that."""
+    use, _, rest = str(guest["instance"]).partition("-")
+    if guest["purpose"] == "warm":
+        return "waiting"
+    return {"build": f"building {rest}", "template": "being saved", "test": "being tested"}.get(use, "running")
 
 
 def machine_text(machine: Mapping[str, Any], now: float | None = None) -> str:
@@ -289,6 +316,7 @@ def _instance_fields(instance: Mapping[str, Any], now: float) -> list[tuple[str,
         ("CPU", cpu(instance["cpu"], instance["missing_cpu_features"], accelerator)),
         ("accelerator", f"{accelerator.upper()} (QEMU {instance['qemu_version']}, process {instance['pid']})"),
         ("pinning", pinning(instance["cores"]) or "none"),
+        ("private memory", "" if instance.get("private_memory") is None else format_size(instance["private_memory"])),
         ("ports", ", ".join(ports)),
     ]
 

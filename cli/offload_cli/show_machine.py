@@ -10,7 +10,7 @@ from typing import Any
 
 from offload_cli.show import ago, fitting_table, moment
 from offload_cli.terminal import clean, one_line
-from offloadd.model.quantity import format_duration, format_size
+from offloadd.model.quantity import format_duration, format_size, parse_date
 
 _WIDTH = 100
 
@@ -165,3 +165,24 @@ def check_lines(check: Mapping[str, Any]) -> list[str]:
         lines += [f"          | {line}" for line in clean(str(check["detail"])).rstrip().splitlines()]
         lines += [f"          hint: {one_line(str(check['hint']), 300)}"] if check["hint"] else []
     return lines
+
+
+def templates_page(rows: Sequence[Mapping[str, Any]], now: float, width: int | None = None) -> str:
+    """`offload template list`: a row for each, and below why some are of no use any more; `width` as for `machines_page`."""
+
+    def row(template: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "DIGEST": str(template["digest"])[:12],
+            "MACHINE": str(template["machine"]),
+            "IMAGE": str(template["image"]),
+            "CPU": str(template["cpu"]),
+            "MEMORY": format_size(template["memory_mib"] << 20),
+            "QEMU": f"{template['qemu_version']} {str(template['accelerator']).upper()}",
+            "MADE": ago(parse_date(template["made"]).timestamp(), now),
+            "SIZE": format_size(template["size_on_disk"]),
+            "STATE": "stale" if template["stale"] else "in memory" if template["in_memory"] else "on disk",
+        }
+
+    lines = fitting_table([row(template) for template in rows], width, ("QEMU", "IMAGE", "MEMORY", "MADE"))
+    notes = [f"{template['digest'][:12]}: {one_line(str(template['stale']))}" for template in rows if template["stale"]]
+    return "\n".join([lines, *(["", *notes, "offload template gc removes what is stale."] if notes else [])])

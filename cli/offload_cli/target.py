@@ -48,6 +48,14 @@ class Target:
 
         return pack_files(self.files) if self.directory is None else pack_source(self.directory, exclude=exclude)
 
+    def size(self, exclude: Collection[Path]) -> int:
+        """About how many bytes that is."""
+        from offloadd.builder.source import measure_source
+
+        if self.directory is None:
+            return sum(path.stat().st_size for path in self.files)
+        return measure_source(self.directory, exclude=exclude)
+
     @property
     def source(self) -> Path:
         """Where the source is, which no result may replace."""

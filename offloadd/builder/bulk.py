@@ -42,9 +42,14 @@ class Disks(Protocol):
         """
 
 
+def bulk_channel(size: int) -> DataChannel:
+    """What a tar of `size` bytes goes by where disks are taken."""
+    return "disk" if size > BULK_BYTES else "frames"
+
+
 def channel_for(size: int, disks: Disks | None) -> DataChannel:
-    """What a tar of `size` bytes goes by, to or from a place that takes these disks; None: it takes none."""
-    return "disk" if disks is not None and size > BULK_BYTES else "frames"
+    """The same for a place with these disks; None: it takes none."""
+    return "frames" if disks is None else bulk_channel(size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +38,20 @@ def pack_source(directory: Path, *, exclude: Collection[Path] = (), newest: int 
         except OSError as exc:
             raise _unreadable(exc, path) from exc
     yield END
+
+
+def measure_source(directory: Path, *, exclude: Collection[Path] = ()) -> int:
+    """How many bytes `pack_source` would give; raises and blocks as it does, but opens no file."""
+    excluded = {_key(directory / path) for path in exclude}
+    first_names: dict[tuple[int, int], str] = {}
+    size = len(END)
+    for path in _walk(directory, excluded):
+        try:
+            member = _member(path, str(path.relative_to(directory)), first_names)
+        except OSError as exc:
+            raise _unreadable(exc, path) from exc
+        size += len(member.header()) + member.size + len(padding(member.size))
+    return size
 
 
 def pack_files(files: Sequence[Path]) -> Iterator[bytes]:
@@ -124,6 +138,23 @@ def _content(path: Path, size: int) -> Iterator[bytes]:
     yield padding(size)
 
 
+def _check_place(member: Member, known: Mapping[str, Kind]) -> None:
+    """TarError unless the member goes where nothing is, into a directory that came before it.
+
+    Each program that unpacks a tar has its own ways with others, and sqfstar even crashes.
+    """
+    if member.name in known and not known[member.name] is member.kind is Kind.DIRECTORY:
+        raise TarError(f"{_printable(member.name)} comes twice")
+    if known.get(member.name.rpartition("/")[0]) is not Kind.DIRECTORY:
+        raise TarError(f"{_printable(member.name)} comes without its directory")
+    if member.kind is Kind.HARD_LINK and known.get(member.link) not in (Kind.FILE, Kind.HARD_LINK):
+        raise TarError(f"{_printable(member.name)} is a hard link to a file that is not there")
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name[:200]).decode("utf-8", "backslashreplace")
+
+
 def clamp_tar(src: BinaryIO, dst: BinaryIO, newest: int, *, leave_out: Collection[str] = ()) -> None:
     """Copy the tar `src` to `dst` with no file time after `newest`, in seconds since 1970.  Blocks: call it in a thread.
 
@@ -135,10 +166,13 @@ def clamp_tar(src: BinaryIO, dst: BinaryIO, newest: int, *, leave_out: Collectio
         UsageError: it is damaged, or has such members.
     """
     reader = TarReader(src)
+    known: dict[str, Kind] = {"": Kind.DIRECTORY}
     try:
         for member in reader:
             if member.name in leave_out and member.kind is not Kind.DIRECTORY:
                 continue
+            _check_place(member, known)
+            known[member.name] = member.kind
             dst.write(replace(_clamped(member, newest), mode=member.mode & 0o777).header())
             for piece in reader.content():
                 dst.write(piece)

@@ -23,6 +23,7 @@ from offloadd import __version__
 from offloadd.daemon import views
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
 from offloadd.daemon.service import Service
+from offloadd.daemon.templates import check_wanted, make_template, remove_template, template_rows
 from offloadd.daemon.trial import Trial
 from offloadd.errors import (
     ConfigError,
@@ -36,6 +37,7 @@ from offloadd.model.environment import EnvironmentRequest
 from offloadd.model.machine import Machine
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import MachineMode
+from offloadd.model.template import TemplateRequest
 from offloadd.process import Progress, host_error
 
 _HTTP_STATUS: dict[type[OffloadError], int] = {
@@ -61,6 +63,7 @@ def make_api(service: Service) -> FastAPI:
     _add_modes(api, service)
     _add_images(api, service)
     _add_environments(api, service)
+    _add_templates(api, service)
     _add_builds(api, service)
     _add_quirks(api, service)
     return api
@@ -115,8 +118,8 @@ def _add_machines(api: FastAPI, service: Service) -> None:
 
     @api.get("/v1/machines")
     async def machines(vms: bool = False) -> list[dict[str, Any]]:
-        """All machines, or only virtual ones."""
-        return await views.machine_rows(service, vms=vms)
+        """All machines; or only virtual ones, with the guests of each and the memory that they take."""
+        return await (views.vm_rows(service) if vms else views.machine_rows(service))
 
     @api.get("/v1/machines/{name}")
     async def machine(name: str) -> dict[str, Any]:
@@ -199,12 +202,13 @@ def _add_images(api: FastAPI, service: Service) -> None:
 
     @api.delete("/v1/images/{name}")
     async def remove(name: str) -> list[str]:
-        service.check_image_unused(name)
+        await service.release_image(name)
         return [image.digest for image in await shop.images.remove(name)]
 
     @api.post("/v1/images/gc")
     async def gc() -> dict[str, Sequence[str]]:
-        """Remove images that no recipe describes any more and no instance uses, and environments that no build used lately."""
+        """Remove images that no recipe describes any more and no instance uses, environments and templates that no build used
+        lately, and templates that no machine would use now."""
         return await service.collect_garbage()
 
 
@@ -242,6 +246,38 @@ def _add_environments(api: FastAPI, service: Service) -> None:
     async def gc() -> list[str]:
         """Remove those that no build used lately."""
         return list(await service.collect_environments())
+
+
+def _add_templates(api: FastAPI, service: Service) -> None:
+    shop = service.workshop
+
+    @api.get("/v1/templates")
+    async def templates() -> list[dict[str, Any]]:
+        return await template_rows(shop)
+
+    @api.post("/v1/templates/build")
+    async def build(request: TemplateRequest, rebuild: bool = False) -> StreamingResponse:
+        async def work(progress: Progress) -> dict[str, Any]:
+            template = await make_template(service.guests, request, progress, rebuild=rebuild)
+            if rebuild:
+                await service.pool.forget(templates={template.digest})
+            return template.to_json()
+
+        check_wanted(shop.library().vm(request.machine))
+        service.survey.check_online(request.machine)
+        return _stream(service, work)
+
+    @api.delete("/v1/templates/{digest}")
+    async def remove(digest: str) -> dict[str, Any]:
+        """Remove the one whose digest begins so."""
+        removed = await remove_template(shop, digest)
+        await service.pool.forget(templates={removed["digest"]})
+        return removed
+
+    @api.post("/v1/templates/gc")
+    async def gc() -> list[str]:
+        """Remove those that no machine would use now, and those that nobody used lately."""
+        return await service.collect_templates()
 
 
 def _add_builds(api: FastAPI, service: Service) -> None:

@@ -15,10 +15,10 @@ import trio
 
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
-from offloadd.daemon.guests import Guests
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.perform import ActiveBuild, Performer
-from offloadd.daemon.work import choose_system, find_needs
+from offloadd.daemon.pool import Pool
+from offloadd.daemon.work import check_kept, choose_system, find_needs
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     BuildFailedError,
@@ -49,11 +49,11 @@ class Builds:
     """All builds.  `nursery` owns their tasks."""
 
     def __init__(
-        self, workshop: Workshop, guests: Guests, machines: Machines, dispatcher: Dispatcher, nursery: trio.Nursery
+        self, workshop: Workshop, pool: Pool, machines: Machines, dispatcher: Dispatcher, nursery: trio.Nursery
     ) -> None:
         self._workshop = workshop
         self._dispatcher = dispatcher
-        self._performer = Performer(shop=workshop, guests=guests, machines=machines, dispatcher=dispatcher, move=self._move)
+        self._performer = Performer(shop=workshop, pool=pool, machines=machines, dispatcher=dispatcher, move=self._move)
         self._nursery = nursery
         self._active: dict[str, ActiveBuild] = {}
         self._closed = False
@@ -76,6 +76,7 @@ class Builds:
             NotFoundError, UsageError: it names what does not exist.
         """
         system = choose_system(request)
+        check_kept(request)
         date = request.asked_date
         if date == "auto":
             # Not known before the source is: any date needs the same machine.

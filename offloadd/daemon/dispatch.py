@@ -75,7 +75,7 @@ class Dispatcher:
             """Only who could be chosen is asked: a host that is dead costs those builds alone that it would have taken."""
             if needs.machine is not None:
                 return machine.name == needs.machine
-            wants_vm = (needs.date, needs.cpu, needs.kernel) != (None, None, None)
+            wants_vm = needs.keep_machine or (needs.date, needs.cpu, needs.kernel) != (None, None, None)
             return needs.system in machine.systems and not needs.debian and not wants_vm
 
         facts = await self._survey.facts(library.machines, worth=worth)

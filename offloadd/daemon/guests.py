@@ -1,9 +1,9 @@
-"""Guests that nobody has used before: taken from the pool, cloned from a template, or booted, whatever is there first."""
+"""Guests that nobody has used before: cloned from a template, or booted."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ from offloadd.vm.record import Purpose
 
 Origin = Literal["boot", "clone", "warm"]
 
-_NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError)
+NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError)
 """What a clone that did not come to life ends with; a boot is tried then."""
 
 log = structlog.get_logger()
@@ -41,6 +41,30 @@ class FreshGuest:
     instance: Instance
     agent: Agent
     origin: Origin
+
+
+@asynccontextmanager
+async def open_fresh(
+    shop: Workshop,
+    plan: VmPlan,
+    tell: Progress,
+    *,
+    cores: Sequence[int],
+    logs: Path | None,
+    purpose: Purpose,
+    saved: SavedGuest | None,
+) -> AsyncIterator[FreshGuest]:
+    """A guest that was booted, or goes on from `saved`, and is no other's twin.
+
+    Raises:
+        BootError, AgentError, ProtocolError, MachineLostError, HostError.
+    """
+    opened = open_instance(
+        plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose=purpose, memory=saved
+    )
+    async with opened as instance, open_guest(instance, lambda text: tell(text, None)) as agent:
+        await personalize(instance, agent)
+        yield FreshGuest(instance=instance, agent=agent, origin="boot" if saved is None else "clone")
 
 
 @dataclass
@@ -68,29 +92,22 @@ class Guests:
             if guest is None:
                 tell(f"booting {machine.name}", None)
                 guest = await self._start(stack, plan, tell, logs, purpose, None)
-            if machine.secret_root and purpose == "build":
-                # Nobody logs in there: it gets no keys for that.
-                await install_secrets(guest.agent, self.shop.secrets(machine).root, without="/etc/ssh/")
+            if purpose == "build":
+                await self.equip(guest, machine)
             yield guest
+
+    async def equip(self, guest: FreshGuest, machine: VmMachine) -> None:
+        """Give a build's guest what its machine's file names."""
+        if machine.secret_root:
+            # Nobody logs in there: it gets no keys for that.
+            await install_secrets(guest.agent, self.shop.secrets(machine).root, without="/etc/ssh/")
 
     async def _start(
         self, stack: AsyncExitStack, plan: VmPlan, tell: Progress, logs: Path, purpose: Purpose, saved: SavedGuest | None
     ) -> FreshGuest:
-        shop = self.shop
-        cores = stack.enter_context(shop.cores.share(plan.cpu_count))
-        opened = open_instance(
-            plan,
-            instances=shop.paths.instances,
-            logs=logs,
-            bridge=shop.bridge,
-            cores=cores,
-            purpose=purpose,
-            memory=saved,
-        )
-        instance = await stack.enter_async_context(opened)
-        agent = await stack.enter_async_context(open_guest(instance, lambda text: tell(text, None)))
-        await personalize(instance, agent)
-        return FreshGuest(instance=instance, agent=agent, origin="boot" if saved is None else "clone")
+        cores = stack.enter_context(self.shop.cores.share(plan.cpu_count))
+        opened = open_fresh(self.shop, plan, tell, cores=cores, logs=logs, purpose=purpose, saved=saved)
+        return await stack.enter_async_context(opened)
 
     async def _try_clone(
         self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, logs: Path, purpose: Purpose
@@ -110,7 +127,7 @@ class Guests:
                 return None
             try:
                 guest = await self._start(attempt, plan, tell, logs, purpose, saved)
-            except _NO_CLONE as exc:
+            except NO_CLONE as exc:
                 _note(machine, f"the template is of no use: {exc}", tell)
                 await attempt.aclose()
                 shutil.rmtree(logs / plan.instance, ignore_errors=True)

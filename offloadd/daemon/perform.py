@@ -22,8 +22,9 @@ from offloadd.builder.prepare import prepare_source
 from offloadd.builder.run import DEFAULT_MAX_SILENT_S, DEFAULT_TIMEOUT_S, Job, Report, run_build
 from offloadd.daemon.dispatch import MACHINE_FAULTS, Assignment, Dispatcher
 from offloadd.daemon.events import EventLog
-from offloadd.daemon.guests import Guests, Origin
+from offloadd.daemon.guests import Origin
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.pool import Pool
 from offloadd.daemon.work import Work, find_work
 from offloadd.daemon.workshop import Workshop
 from offloadd.environment.store import Environment
@@ -131,7 +132,7 @@ class Performer:
     """What a build needs of the daemon."""
 
     shop: Workshop
-    guests: Guests
+    pool: Pool
     machines: Machines
     dispatcher: Dispatcher
     move: Move
@@ -242,8 +243,9 @@ class Performer:
     ) -> AsyncIterator[Place]:
         """A VM of the build's own, or the one that the build is to leave running."""
         shop, request = self.shop, active.request
+        own = await shop.plan(machine, shop.library(), active.tell)
         plan = plan_for_build(
-            await shop.plan(machine, shop.library(), active.tell),
+            own,
             f"build-{active.id}",
             date=work.date,
             cpu=request.asked_cpu,
@@ -251,12 +253,12 @@ class Performer:
             system=work.system,
         )
         if request.keep_machine:
-            async with self._open_kept(active, work, machine, plan, environment) as place:
+            async with self._open_kept(active, machine, own, plan, environment) as place:
                 yield place
             return
         self.move(active, BuildState.BOOTING)
         began = trio.current_time()
-        opened = self.guests.open(plan, machine, active.tell, logs=active.folder, purpose="build")
+        opened = self.pool.open(plan, machine, active.tell, logs=active.folder)
         async with opened as guest:
             active.result |= {"boot_s": round(trio.current_time() - began, 3), "guest": guest.origin}
             active.tell(f"{_ORIGINS[guest.origin]} of {machine.name} at {format_date(plan.date)} on {plan.cpu}")
@@ -265,21 +267,25 @@ class Performer:
 
     @asynccontextmanager
     async def _open_kept(
-        self, active: ActiveBuild, work: Work, machine: VmMachine, plan: VmPlan, environment: Environment
+        self, active: ActiveBuild, machine: VmMachine, own: VmPlan, plan: VmPlan, environment: Environment
     ) -> AsyncIterator[Place]:
-        """The machine that runs for its user, which is started when it does not, and goes on afterwards."""
+        """The machine that runs for its user, which is started when it does not, and goes on afterwards.
+
+        Args:
+            own: the plan with which the machine would be started.
+            plan: what the build asks for.
+        """
         self.move(active, BuildState.BOOTING)
-        running = await self.machines.start(machine.name, active.tell)
+        began, was_running = trio.current_time(), self.machines.find(machine.name)
+        if not was_running:
+            _check_fits(machine, plan, own)  # before it is started in vain
+        running = was_running or await self.machines.start(machine.name, active.tell)
         assert running.instance is not None
-        if not _fits(work, machine, plan, running.instance.record.plan):
-            raise UsageError(
-                f"{machine.name} runs at another date, on another CPU or from an older image than the build asks for",
-                hint=f"without --keep-machine the build gets a machine of its own; or offload vm stop {machine.name}",
-            )
+        _check_fits(machine, plan, running.instance.record.plan)
         if running.guest is None:
             raise MachineLostError("the connection to it has just broken", subject=machine.name, hint="try again")
-        active.result |= {"boot_s": 0.0, "guest": "kept"}
-        active.tell(f"building in {machine.name}, which runs")
+        active.result |= {"boot_s": 0.0 if was_running else round(trio.current_time() - began, 3), "guest": "kept"}
+        active.tell(f"building in {machine.name}, which goes on running")
         async with open_in_guest(running.instance, running.guest, environment.path, own=False) as place:
             yield place
 
@@ -319,11 +325,16 @@ def _personality(system: str, machine: Machine) -> str | None:
     return "linux32" if SYSTEMS[system].bits == 32 and not isinstance(machine, BinfmtMachine) else None
 
 
-def _fits(work: Work, machine: VmMachine, wanted: VmPlan, running: VmPlan) -> bool:
-    """Whether a machine that runs for its user is what the build asks for."""
-    same = (wanted.cpu, wanted.boot.digest) == (running.cpu, running.boot.digest)
+def _check_fits(machine: VmMachine, wanted: VmPlan, running: VmPlan) -> None:
+    """Raise `UsageError` when a machine that runs for its user is not what the build asks for."""
+    hint = f"without --keep-machine the build gets a fresh guest; or offload vm stop {machine.name}"
+    if wanted.cpu != running.cpu:
+        raise UsageError(f"has the CPU {running.cpu}, and the build asks for {wanted.cpu}", subject=machine.name, hint=hint)
+    if wanted.boot.digest != running.boot.digest:
+        raise UsageError("runs from an older image", subject=machine.name, hint=hint)
     # A machine without a date in its file has that of its start.
-    return work.date is None and same and machine.date in (None, running.date)
+    if machine.date not in (None, running.date):
+        raise UsageError("was started at another date than its file says now", subject=machine.name, hint=hint)
 
 
 def _describe(work: Work) -> dict[str, Any]:

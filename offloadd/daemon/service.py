@@ -1,4 +1,4 @@
-"""The daemon's nurseries: store and reconcile > machines > builds > API.
+"""The daemon's nurseries: store and reconcile > machines > pool > builds > API.
 
 Nesting is the start order, unnesting the stop order: no new requests, then the builds end, then the machines.
 """
@@ -19,8 +19,10 @@ from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.guests import Guests
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.pool import Pool, open_pool
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
+from offloadd.daemon.templates import collect_templates
 from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.errors import NotAllowedError, OffloadError
 from offloadd.model.quantity import parse_date
@@ -43,6 +45,7 @@ class Service:
         self,
         workshop: Workshop,
         guests: Guests,
+        pool: Pool,
         machines: Machines,
         survey: Survey,
         builds: Builds,
@@ -51,6 +54,7 @@ class Service:
     ) -> None:
         self.workshop = workshop
         self.guests = guests
+        self.pool = pool
         self.machines = machines
         self.survey = survey
         self.builds = builds
@@ -107,9 +111,14 @@ class Service:
                 except OffloadError as exc:
                     log.error("auto-start failed", machine=name, error=str(exc))
 
-    def check_image_unused(self, name: str) -> None:
-        """Raise `NotAllowedError` when an instance runs on the image (or on the one whose digest begins with `name`)."""
+    async def release_image(self, name: str) -> None:
+        """Give up what waits on the image (or on the one whose digest begins with `name`).
+
+        Raises:
+            NotAllowedError: an instance that somebody uses runs on it.
+        """
         chosen = {image.digest for image in self.workshop.images.called(name)}
+        await self.pool.forget(images=chosen)
         for record in read_records(self.workshop.paths.instances):
             if record.plan.boot.digest in chosen:
                 user = record.plan.instance
@@ -117,11 +126,22 @@ class Service:
                 raise NotAllowedError(f"{user} runs on it", subject=name, hint=hint)
 
     async def collect_garbage(self) -> dict[str, Sequence[str]]:
-        """Remove images and environments that nobody needs; the digests that went."""
+        """Remove images, environments and templates that nobody needs; the digests that went."""
         shop, library = self.workshop, self.workshop.library()
-        keep = {record.plan.boot.digest for record in read_records(shop.paths.instances)}
-        keep |= {await shop.images.digest(recipe, library.folders[name]) for name, recipe in library.images.items()}
-        return {"images": await shop.images.gc(keep), "environments": await self.collect_environments()}
+        keep = {await shop.images.digest(recipe, library.folders[name]) for name, recipe in library.images.items()}
+        await self.pool.forget(images={clone.image for clone in self.pool.waiting()} - keep)
+        keep |= {record.plan.boot.digest for record in read_records(shop.paths.instances)}
+        return {
+            "images": await shop.images.gc(keep),
+            "environments": await self.collect_environments(),
+            "templates": await self.collect_templates(),
+        }
+
+    async def collect_templates(self) -> list[str]:
+        """Remove the templates that no machine would use now, or nobody used lately; the digests that went."""
+        removed = await collect_templates(self.workshop)
+        await self.pool.forget(templates=removed)
+        return list(removed)
 
     async def collect_environments(self) -> Sequence[str]:
         """Remove the environments that nobody made or built in lately and that nobody uses; the digests that went."""
@@ -144,13 +164,13 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
         guests = Guests(workshop)
         machines = Machines(workshop, guests, machine_nursery)
         await machines.reconcile()
-        async with trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
+        async with open_pool(guests) as pool, trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
             slots = Slots()
             survey = Survey(workshop, machines, slots)
             dispatcher = Dispatcher(workshop, survey, slots)
-            builds = Builds(workshop, guests, machines, dispatcher, build_nursery)
+            builds = Builds(workshop, pool, machines, dispatcher, build_nursery)
             builds.reconcile()
-            service = Service(workshop, guests, machines, survey, builds, request_nursery, idle_timeout_s)
+            service = Service(workshop, guests, pool, machines, survey, builds, request_nursery, idle_timeout_s)
             request_nursery.start_soon(service.stop_when_idle)
             request_nursery.start_soon(service.start_declared)
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from offloadd.breaker import Breaker
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.probes import Probes
 from offloadd.daemon.slots import Slots
+from offloadd.daemon.templates import has_template
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, NotAllowedError, OffloadError
 from offloadd.host import native_systems, systems_of
@@ -28,6 +29,9 @@ from offloadd.place.far_side import BWRAP, measure
 from offloadd.plan.machine import default_qemu
 from offloadd.route import Emulation, MachineFacts
 from offloadd.vm.accelerator import known_accelerator
+
+Templates = Sequence[Mapping[str, Any]]
+"""What each template is made of."""
 
 log = structlog.get_logger()
 
@@ -50,13 +54,14 @@ class Survey:
             worth: whether a remote host is to be asked: one that is dead takes its time.
         """
         here = await trio.to_thread.run_sync(self._look_here)
+        templates = await trio.to_thread.run_sync(self._workshop.templates.known)
         found: dict[str, MachineFacts] = {}
 
         async def look(name: str, machine: Machine) -> None:
             if isinstance(machine, SshMachine) and not worth(machine):
                 found[name] = MachineFacts(systems=machine.systems, running=True, **self._counts(name))
                 return
-            found[name] = MachineFacts(**await self._facts(machine, here), **self._counts(name))
+            found[name] = MachineFacts(**await self._facts(machine, here, templates), **self._counts(name))
 
         async with open_narrow_nursery() as nursery:
             for name, machine in machines.items():
@@ -99,7 +104,7 @@ class Survey:
         database = self._workshop.database
         return {"mode": database.machine_mode(name), "breaker": database.breaker(name), "busy": self._slots.busy(name)}
 
-    async def _facts(self, machine: Machine, here: dict[str, Any]) -> dict[str, Any]:
+    async def _facts(self, machine: Machine, here: dict[str, Any], templates: Templates) -> dict[str, Any]:
         """What depends on the machine's kind."""
         match machine:
             case LocalMachine():
@@ -107,37 +112,40 @@ class Survey:
             case BinfmtMachine():
                 return {**here, **await trio.to_thread.run_sync(_binfmt_facts, machine), "running": True}
             case VmMachine():
-                return {**here, **await self._vm_facts(machine, here)}
+                return {**here, **await self._vm_facts(machine, here, templates)}
             case SshMachine():
                 return await self._ssh_facts(machine)
         raise TypeError(f"no survey knows the kind {machine.kind}")
 
-    async def _vm_facts(self, machine: VmMachine, here: dict[str, Any]) -> dict[str, Any]:
+    async def _vm_facts(self, machine: VmMachine, here: dict[str, Any], templates: Templates) -> dict[str, Any]:
         binary = default_qemu(machine)
         path = shutil.which(binary)
         kvm = path is not None and not isinstance(machine, EmulatedVm) and self._has_kvm(path)
+        digest, about = await self._image_facts(machine.image, here["disk_free"])
         return {
             "systems": machine.systems,
             "emulation": Emulation.NONE if kvm else Emulation.FULL,
             "fault": "" if path else f"{binary} is not installed",
-            "running": self._machines.find(machine.name) is not None,
+            "running": path is not None and has_template(machine, digest, Path(path), templates),
+            "started": self._machines.find(machine.name) is not None,
             "memory_mib": machine.memory_size,
-            **await self._image_facts(machine.image, here["disk_free"]),
+            **about,
         }
 
     def _has_kvm(self, qemu: str) -> bool:
         return known_accelerator(Path(qemu).resolve(), self._workshop.paths.state / "accelerator.json") == "kvm"
 
-    async def _image_facts(self, name: str, disk_free: int) -> dict[str, Any]:
-        """The kernel's version when the image is built, and what its disk can take of the `disk_free` bytes here."""
+    async def _image_facts(self, name: str, disk_free: int) -> tuple[str, dict[str, Any]]:
+        """The image's digest; its kernel's version when it is built, and what its disk takes of the `disk_free` bytes here."""
         shop = self._workshop
         try:
             library = shop.library()
             recipe = library.image(name)
-            image = shop.images.find(await shop.images.digest(recipe, library.folders[name]))
+            digest = await shop.images.digest(recipe, library.folders[name])
+            image = shop.images.find(digest)
         except OffloadError:  # damaged, or without its recipe: whoever boots it is told
-            return {"kernel": ""}
-        return {"kernel": image.kernel_version if image else "", "disk_free": min(disk_free, recipe.size)}
+            return "", {"kernel": ""}
+        return digest, {"kernel": image.kernel_version if image else "", "disk_free": min(disk_free, recipe.size)}
 
     async def _ssh_facts(self, machine: SshMachine) -> dict[str, Any]:
         database, now = self._workshop.database, time.time()

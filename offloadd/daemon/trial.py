@@ -28,7 +28,6 @@ from offloadd.builder.run import Job, Report, run_build
 from offloadd.daemon.guests import FreshGuest, Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
-from offloadd.guest.open import clock_of
 from offloadd.guest.ssh import open_remote
 from offloadd.host import native_systems, systems_of
 from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
@@ -159,9 +158,7 @@ class Trial:
             words = f"{plan.cpu}, {plan.qemu.accelerator.upper()}, {format_date(plan.date)}"
             guest = await self._check("start it", boot, lambda guest: f"a fresh {guest.origin}: {words}")
 
-            def clock() -> float:
-                return clock_of(guest.instance)
-
+            clock = guest.instance.record.clock
             probe = await self._try_shell(AgentShell(guest.agent), clock)
             self._note_clock(probe, clock())
             self._note_probe(probe)

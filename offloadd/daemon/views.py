@@ -6,6 +6,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+import trio
+
 from offloadd import __version__
 from offloadd.daemon.environments import environment_view
 from offloadd.daemon.service import Service
@@ -17,6 +19,7 @@ from offloadd.model.machine import SSH_PORT, Machine, VmMachine
 from offloadd.model.quantity import format_date
 from offloadd.route import MachineFacts
 from offloadd.store.database import BuildRow
+from offloadd.vm.footprint import private_memory
 from offloadd.vm.record import InstanceRecord, read_records
 
 
@@ -36,12 +39,52 @@ def status_view(service: Service) -> dict[str, Any]:
     }
 
 
-async def machine_rows(service: Service, *, vms: bool = False) -> list[dict[str, Any]]:
-    """One row for each machine, by name.  Only VMs when they alone are asked for: no remote host is waited for then."""
+async def machine_rows(service: Service) -> list[dict[str, Any]]:
+    """One row for each machine, by name."""
+    known = _known_machines(service)
+    facts = await service.survey.facts(known)
+    return [_machine_row(service, machine, facts[name]) for name, machine in known.items()]
+
+
+async def vm_rows(service: Service) -> list[dict[str, Any]]:
+    """The same for virtual machines alone: no remote host is waited for.  With each the guests of it that run beside."""
+    vms = {name: machine for name, machine in _known_machines(service).items() if isinstance(machine, VmMachine)}
+    facts = await service.survey.facts(vms)
+    found = await trio.to_thread.run_sync(read_records, service.workshop.paths.instances)
+    private = await trio.to_thread.run_sync(lambda: {record.pid: private_memory(record.pid) for record in found})
+    rows = []
+    for name, machine in vms.items():
+        own = next((record for record in found if record.plan.instance == name), None)
+        guests = [record for record in found if record.plan.machine == name and record is not own]
+        rows.append(
+            {
+                **_machine_row(service, machine, facts[name]),
+                "private_memory": private[own.pid] if own else None,
+                "guests": [_guest_row(record, private[record.pid]) for record in guests],
+            }
+        )
+    return rows
+
+
+def _guest_row(record: InstanceRecord, private: int | None) -> dict[str, Any]:
+    """One guest that is no machine of a user's."""
+    plan = record.plan
+    return {
+        "instance": plan.instance,
+        "purpose": record.purpose,
+        "pid": record.pid,
+        "since": record.began or None,
+        "date": format_date(plan.date),
+        "cpu": plan.cpu,
+        "cpu_count": plan.cpu_count,
+        "memory_mib": plan.memory_mib,
+        "private_memory": private,
+    }
+
+
+def _known_machines(service: Service) -> dict[str, Machine]:
     known: dict[str, Machine] = {**service.workshop.library().machines, **service.machines.declared()}
-    chosen = {name: known[name] for name in sorted(known) if not vms or isinstance(known[name], VmMachine)}
-    facts = await service.survey.facts(chosen)
-    return [_machine_row(service, machine, facts[name]) for name, machine in chosen.items()]
+    return {name: known[name] for name in sorted(known)}
 
 
 async def machine_row(service: Service, machine: Machine) -> dict[str, Any]:
@@ -110,7 +153,7 @@ async def machine_view(service: Service, machine: Machine) -> dict[str, Any]:
     return {
         **view,
         "detail": shop.database.machine(machine.name).detail,
-        "instance": _instance_view(record) if record else None,
+        "instance": await trio.to_thread.run_sync(_instance_view, record) if record else None,
         "console_socket": str(shop.paths.instances / machine.name / "console.sock") if record else None,
         "console_log": str(shop.paths.instances / machine.name / "console.log") if record else None,
         "logs": str(shop.paths.logs / machine.name),
@@ -122,7 +165,7 @@ async def machine_view(service: Service, machine: Machine) -> dict[str, Any]:
 
 def _instance_view(record: InstanceRecord) -> dict[str, Any]:
     plan = record.plan
-    guest_clock = plan.date.timestamp() + time.time() - record.began
+    guest_clock = record.clock()
     return {
         "pid": record.pid,
         "began": record.began,
@@ -133,6 +176,7 @@ def _instance_view(record: InstanceRecord) -> dict[str, Any]:
         "missing_cpu_features": list(record.missing_features),
         "clock": format_date(datetime.fromtimestamp(guest_clock, UTC)),
         "cores": list(record.cores),
+        "private_memory": private_memory(record.pid),
         "ports": {str(guest): host for guest, host in record.ports.items()},
         "image_digest": plan.boot.digest,
     }

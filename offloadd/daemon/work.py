@@ -58,6 +58,16 @@ def choose_system(request: BuildRequest) -> str:
         raise UsageError(str(exc), subject=request.name, hint="`systems` in offload.yaml") from exc
 
 
+def check_kept(request: BuildRequest) -> None:
+    """Raise `UsageError` when a machine that goes on running cannot serve the request."""
+    if request.keep_machine and request.asked_date is not None:
+        raise UsageError(
+            "has a date, and the clock of a machine that is to go on running is not moved",
+            subject=request.name,
+            hint="without --keep-machine it gets a fresh guest at its date",
+        )
+
+
 def find_needs(request: BuildRequest, system: str, date: datetime | None, *, environment: str = "", quirk: str = "") -> Needs:
     """What a request asks of a machine."""
     work = request.work
@@ -76,6 +86,7 @@ def find_needs(request: BuildRequest, system: str, date: datetime | None, *, env
         environment=environment,
         machine=request.machine,
         prefer=request.prefer,
+        keep_machine=request.keep_machine,
         quirk=quirk,
     )
 

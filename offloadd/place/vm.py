@@ -11,11 +11,11 @@ import trio
 
 from offloadd.errors import MachineLostError, TransientError
 from offloadd.guest.agent import Agent, AgentProcess
-from offloadd.guest.open import clock_of
 from offloadd.model.quantity import format_date
 from offloadd.nursery import open_narrow_nursery
 from offloadd.place.place import Place
 from offloadd.vm.instance import Instance, while_running
+
 
 class GuestService:
     """The build service of a guest, which its agent has loaded already."""
@@ -48,7 +48,7 @@ async def open_in_guest(instance: Instance, agent: Agent, environment: Path, *, 
     """
     plan = instance.record.plan
     date = plan.date.timestamp()
-    clock: Callable[[], float] = (lambda: date) if own else (lambda: clock_of(instance))
+    clock: Callable[[], float] = (lambda: date) if own else instance.record.clock
     disks = GuestDisks(instance)
     async with while_running(instance, MachineLostError):
         try:

@@ -56,4 +56,6 @@ async def warm_up(agent: Agent) -> None:
         with open_outputs_receiver(folder / "outputs.tar") as outputs:
             report = await run_build(GuestService(agent), job, outputs, _Silent())
     if report.exit_status:
-        raise BootError(f"the guest cannot build: its first build ended with status {report.exit_status}", subject=agent.machine)
+        raise BootError(
+            f"the guest cannot build: its first build ended with status {report.exit_status}", subject=agent.machine
+        )

@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from offloadd.errors import NoMachineError
-from offloadd.model.machine import Machine
+from offloadd.model.machine import Machine, VmMachine
 from offloadd.route.needs import Emulation, MachineFacts, Needs
 from offloadd.route.obstacle import (
     UNSEEN,
@@ -39,6 +39,7 @@ class Cost(NamedTuple):
     full: bool
     """No slot is free.  Stands before `cold`: a boot takes seconds, a queue may take hours."""
     cold: bool
+    """A machine must be booted first."""
     slot_load: float
     """Builds for each slot."""
     slowness: float
@@ -56,22 +57,32 @@ class Candidate:
     machine: Machine
     cost: Cost
     facts: MachineFacts
+    keeps: bool = False
+    """Whether the build is done in the machine that runs for its user."""
 
     @property
     def why(self) -> str:
-        """What its place comes from, in one line: `native, running, 1 of 2 slots free`."""
+        """What its place comes from, in one line: `native, has a template, 1 of 2 slots free`."""
         cost, facts = self.cost, self.facts
         parts = [
             "preferred" if cost.wish < 0 else "",
             f"overloaded (load {facts.load:.2f} for each core)" if cost.overloaded else "",
             cost.emulation.label,
-            "cold" if cost.cold else "running",
+            self._start(),
             self._slots(),
             f"speed {self.machine.speed:g}" if self.machine.speed != 1 else "",
             "" if cost.stranger else "has the environment",
             f"on trial after {facts.breaker.failures} failures" if facts.breaker.open_until else "",
         ]
         return ", ".join(part for part in parts if part)
+
+    def _start(self) -> str:
+        """What stands between the build and its first step."""
+        if not isinstance(self.machine, VmMachine):
+            return "" if not self.cost.cold else "not running"
+        if self.keeps:
+            return "has to be started" if self.cost.cold else "runs"
+        return "has to boot" if self.cost.cold else "has a template"
 
     def _slots(self) -> str:
         slots, busy = self.machine.parallel_builds, self.facts.busy
@@ -105,7 +116,8 @@ class Decision:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """Those that can and may take it, best first."""
-        return tuple(Candidate(machine, Cost._make(parts), known) for parts, machine, known in self.ranked)
+        keeps = self.needs.keep_machine
+        return tuple(Candidate(machine, Cost._make(parts), known, keeps) for parts, machine, known in self.ranked)
 
     @cached_property
     def passed_over(self) -> dict[str, str]:
@@ -205,7 +217,7 @@ def _cost(question: Question, machine: Machine, known: MachineFacts) -> _Parts:
         load is not None and threshold is not None and load > threshold,
         known.emulation,
         known.busy >= slots,
-        not known.running,
+        not (known.started if question.needs.keep_machine else known.running),
         known.busy / slots,
         1 / machine.speed,
         question.needs.environment not in known.environments,

@@ -53,6 +53,8 @@ class Needs:
     """Nobody else may take it."""
     prefer: tuple[str, ...] = ()
     """Names or kinds of machines that are taken first of those that can, in this order."""
+    keep_machine: bool = False
+    """It is built in the machine that runs for its user, or is started for it, and goes on afterwards."""
     quirk: str = ""
     """Why user emulation is not to be tried; empty when it may be."""
 
@@ -71,7 +73,9 @@ class MachineFacts:
     mode: MachineMode = MachineMode.ONLINE
     breaker: Breaker = Breaker()  # noqa: RUF009 - frozen
     running: bool = False
-    """Whether a build can begin without a boot."""
+    """Whether a build can begin without a boot: it is no VM, or has a template of which builds get clones."""
+    started: bool = False
+    """Whether a VM runs for its user."""
     busy: int = 0
     """Slots taken."""
     load: float | None = None

@@ -66,6 +66,8 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
         return _tell_no_environment
     if question.on_vm and (tell := _cannot_choose(question, machine, known)):
         return tell
+    if needs.keep_machine and not _is_vm(type(machine)):
+        return _tell_nothing_to_keep
     if needs.network and not machine.network:
         return _tell_network
     if needs.memory_mib is not None and needs.memory_mib > _memory(machine, known, needs.memory_mib):
@@ -163,6 +165,10 @@ def _tell_no_vm(question: Question, machine: Machine, known: MachineFacts) -> st
     asked = {"date": needs.date, "CPU": needs.cpu, "kernel": needs.kernel}
     words = " and ".join(word for word, value in asked.items() if value is not None)
     return f"is no VM: its {words} cannot be chosen"
+
+
+def _tell_nothing_to_keep(question: Question, machine: Machine, known: MachineFacts) -> str:
+    return "is no virtual machine: there is nothing to keep"
 
 
 def _tell_clock(question: Question, machine: Machine, known: MachineFacts) -> str:

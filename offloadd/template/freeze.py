@@ -62,7 +62,7 @@ async def freeze(
             memory=Saving(ram=ram),
         )
         progress(f"booting {plan.machine} once, to be saved as a template", None)
-        async with opened as instance, open_guest(instance, lambda text: progress(text, None)) as agent:
+        async with opened as instance, open_guest(instance, lambda text: None) as agent:
             async with while_running(instance, BootError):
                 await warm_up(agent)
                 await agent.run("/bin/sync")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offloadd.digest import json_digest
+from offloadd.model.machine import VmMachine
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
 
@@ -51,6 +52,34 @@ def template_key(plan: VmPlan) -> TemplateKey:
         "options": list(plan.options),
     }
     return TemplateKey(digest=json_digest(facts), facts=facts)
+
+
+def machine_facts(machine: VmMachine, image_digest: str, qemu: Path) -> dict[str, Any]:
+    """What every template that serves `machine` is made of.
+
+    The rest is not the machine's own: date and CPU are the build's, and the accelerator is found when something is booted.
+
+    Args:
+        qemu: its binary, or a link to it.
+    Raises:
+        OSError: there is none.
+        NoMachineError: there are no virtual machines of that type.
+    """
+    qemu = qemu.resolve()
+    binary = qemu.stat()
+    return {
+        "format": FORMAT,
+        "image": machine.image,
+        "image_digest": image_digest,
+        "qemu": str(qemu),
+        "qemu_file": [binary.st_size, binary.st_mtime_ns],
+        "machine_type": find_target(machine.systems[0]).machine,
+        "system": machine.systems[0],
+        "cpu_count": machine.cpu_count,
+        "memory_mib": machine.memory_size,
+        "network": machine.network,
+        "options": list(machine.options),
+    }
 
 
 def plan_template(plan: VmPlan, instance: str) -> VmPlan:

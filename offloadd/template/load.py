@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from offloadd.digest import sparse_sha256
 from offloadd.errors import ImageError
+from offloadd.model.quantity import format_date
 from offloadd.template.freeze import DISK, MANIFEST, RAM, STATE
 from offloadd.vm.memory import SavedGuest, read_memory, seal_memory
 
@@ -25,6 +27,8 @@ class Template:
     made: str
     directory: Path
     files: dict[str, dict[str, Any]]
+    used: float
+    """When a guest was last made of it, in seconds since 1970."""
 
     def size_on_disk(self) -> int:
         """Bytes; holes do not count."""
@@ -37,6 +41,7 @@ class Template:
             **{name: self.facts.get(name) for name in ("image", "image_digest", "cpu", "cpu_count", "memory_mib")},
             **{name: self.facts.get(name) for name in ("system", "accelerator", "qemu_version", "machine_type")},
             "made": self.made,
+            "used": format_date(datetime.fromtimestamp(self.used, UTC)),
             "directory": str(self.directory),
             "size_on_disk": self.size_on_disk(),
         }
@@ -57,6 +62,7 @@ def read_template(directory: Path) -> Template:
             made=data["made"],
             directory=directory,
             files={name: dict(data["files"][name]) for name in (RAM, STATE, DISK)},
+            used=(directory / MANIFEST).stat().st_mtime,
         )
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ImageError(f"its manifest cannot be read: {exc}", subject=f"template {directory.name[:12]}") from exc

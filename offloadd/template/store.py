@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from offloadd.cache import Cache
 from offloadd.errors import ImageError, NotFoundError, UsageError
 from offloadd.process import Progress, silent
+from offloadd.template.freeze import MANIFEST
 from offloadd.template.load import Template, load_template, read_template
 from offloadd.vm.memory import SavedGuest
 
@@ -41,10 +43,15 @@ class TemplateStore:
         self._cache = Cache(root, subject="template", error=ImageError, durable=False)
         self._loaded: dict[str, _Loaded] = {}
         self._loading: dict[str, trio.Lock] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
 
     def is_ready(self, digest: str) -> bool:
         """Whether a clone would not have to wait for a boot."""
         return digest in self._loaded or self._cache.find(digest) is not None
+
+    def is_loaded(self, digest: str) -> bool:
+        """Whether it is in this process's memory."""
+        return digest in self._loaded
 
     @asynccontextmanager
     async def open(self, digest: str, make: Make, progress: Progress = silent) -> AsyncIterator[SavedGuest]:
@@ -57,6 +64,7 @@ class TemplateStore:
             loaded = self._loaded.get(digest) or await self._load(digest, make, progress)
             self._loaded[digest] = loaded
             loaded.users += 1
+        self._note_use(digest)
         try:
             yield loaded.saved
         finally:
@@ -75,6 +83,12 @@ class TemplateStore:
                     raise
                 progress(f"{exc}: making it anew", None)
         raise AssertionError("unreachable")
+
+    def _note_use(self, digest: str) -> None:
+        """So that those that nobody uses any more can be told from the others, by whatever process."""
+        if (path := self._cache.find(digest)) is not None:
+            with suppress(OSError):  # it is being removed, or the disk may not be written to
+                os.utime(path / MANIFEST)
 
     def drop_idle(self, idle_s: float) -> Sequence[str]:
         """Give back the memory of those that nobody has used for `idle_s` seconds; their digests."""
@@ -100,6 +114,14 @@ class TemplateStore:
 
     def digests(self) -> frozenset[str]:
         return self._cache.digests()
+
+    def known(self) -> Sequence[dict[str, Any]]:
+        """What each of them is made of (see `TemplateKey.facts`).  Cheap: its manifest is read once.  Blocks."""
+        digests = self._cache.digests()
+        for digest in digests - self._facts.keys():
+            with suppress(ImageError):
+                self._facts[digest] = read_template(self._cache.root / digest).facts
+        return [self._facts[digest] for digest in digests if digest in self._facts]
 
     def called(self, beginning: str) -> Template:
         """The one whose digest begins so.

@@ -6,6 +6,7 @@ What a guest prints is not trusted: control characters never reach the terminal 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,15 +21,19 @@ KEPT_LOG_BYTES = 1024 * 1024
 CHECK_S = 5.0
 
 
-async def bound_log(log: Path) -> None:
-    """Cut a log that grows over its limit down to its end, for as long as it is written: a guest prints what it likes.
+async def bound_logs(logs: Callable[[], Iterable[Path]]) -> None:
+    """Cut logs that grow over their limit down to their end, for as long as they are written: a guest prints what it likes.
 
     QEMU appends, so that it goes on behind what is left.
+
+    Args:
+        logs: says where they are now.
     """
     while True:
         await trio.sleep(CHECK_S)  # nothing tells that a file has grown
-        with suppress(OSError):  # it is tried again
-            await trio.to_thread.run_sync(_cut, log)
+        for log in logs():
+            with suppress(OSError):  # it is tried again
+                await trio.to_thread.run_sync(_cut, log)
 
 
 def _cut(log: Path) -> None:

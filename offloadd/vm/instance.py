@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from offloadd.bridge import Bridge
 from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError
 from offloadd.nursery import open_narrow_nursery
-from offloadd.plan.argv import InstanceFiles, empty_slot, slot_is_writable, slot_name
+from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
-from offloadd.vm.console import bound_log, console_tail
+from offloadd.vm.console import bound_logs, console_tail
+from offloadd.vm.drives import Drives
+from offloadd.vm.home import Home
 from offloadd.vm.launch import Memory, launch
 from offloadd.vm.memory import SavedGuest
 from offloadd.vm.outcome import Outcome, judge
@@ -49,15 +51,14 @@ _MISSING_FEATURE = re.compile(r"doesn't support requested feature: CPUID\S*?\.(?
 class Instance:
     """A running QEMU.  Made by `open_instance` and `adopt_instance` alone."""
 
-    def __init__(self, record: InstanceRecord, files: InstanceFiles, process: QemuProcess, qmp: Qmp) -> None:
+    def __init__(self, record: InstanceRecord, home: Home, process: QemuProcess, qmp: Qmp) -> None:
         self.record = record
-        self.files = files
+        self._home = home
         self.outcome: Outcome | None = None
         self._target = find_target(record.plan.system)
         self._process = process
         self._qmp = qmp
-        self._slots: dict[int, str] = {}
-        """Drives with a disk: number -> QEMU's name of the disk."""
+        self._drives = Drives(qmp, record.plan.disk_slots)
         self._asked = False
         self._fault = ""
         self._ended = trio.Event()
@@ -65,6 +66,10 @@ class Instance:
     @property
     def name(self) -> str:
         return self.record.plan.instance
+
+    @property
+    def files(self) -> InstanceFiles:
+        return self._home.files
 
     def port(self, guest: int) -> int:
         """The host's port that leads to the guest's."""
@@ -105,6 +110,36 @@ class Instance:
 
     async def resume(self) -> None:
         await self._qmp.execute("cont")
+
+    async def pin(self, cores: Sequence[int]) -> None:
+        """Move the virtual CPUs to these cores of the host.
+
+        Raises:
+            HostError, MachineLostError.
+        """
+        await _pin(self._qmp, cores, self.name)
+        self._note(cores=tuple(cores))
+
+    async def hand_over(self, plan: VmPlan, purpose: Purpose, logs: Path) -> None:
+        """Go on after `pause` as the instance of another plan, one that the same template serves; its clock is still to be set.
+
+        Args:
+            logs: the directory that gets its logs.
+        Raises:
+            HostError, MachineLostError.
+        """
+        try:
+            self._home.move(plan.instance, logs)
+        except OSError as exc:
+            raise HostError(f"cannot move its files: {exc.strerror}", subject=plan.instance) from exc
+        self._qmp.instance = plan.instance
+        offset = plan.date.timestamp() - time.monotonic()
+        self._note(plan=plan, purpose=purpose, clock_offset=offset, began=time.time())
+        await self.resume()
+
+    def _note(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        write_record(self.files.record, self.record)
 
     async def save(self, state: int) -> None:
         """Write the state of the devices to the file behind the descriptor `state`, and pause for good.
@@ -152,41 +187,11 @@ class Instance:
             HostError: it cannot be opened.
             MachineLostError: all drives are taken; QEMU refused it or went away.
         """
-        try:
-            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-        except OSError as exc:
-            raise HostError(f"cannot open {path}: {exc.strerror}", subject=self.name) from exc
-        try:
-            number = self._take_slot(writable=writable)
-            slot, node = slot_name(number), f"disk-{secrets.token_hex(4)}"
-            async with self._qmp.handed_over(fd) as name:
-                file = {"driver": "file", "filename": name, "read-only": not writable}
-                # What is written need not outlive the host: flushes would cost much and save nothing.
-                given = {"driver": "raw", "read_only": not writable, "cache": {"no-flush": True}, "file": file}
-                await self._qmp.execute("blockdev-add", node_name=node, **given)
-            await self._put_in(slot, node)
-        finally:
-            os.close(fd)
-        self._slots[number] = node
-        return slot
-
-    def _take_slot(self, *, writable: bool) -> int:
-        for number in range(self.record.plan.disk_slots):
-            if number not in self._slots and slot_is_writable(number) == writable:
-                self._slots[number] = ""
-                return number
-        raise MachineLostError("all of its drives are taken", subject=self.name, hint="fewer builds in it at a time")
-
-    async def _put_in(self, slot: str, node: str) -> None:
-        await self._qmp.execute("qom-set", path=f"/machine/peripheral/{slot}", property="drive", value=node)
+        return await self._drives.put_in(path, writable=writable)
 
     async def detach_disk(self, slot: str) -> None:
         """Take it out again: the guest must have let go of it, or reads zeros from there on."""
-        number = next(number for number in self._slots if slot_name(number) == slot)
-        with trio.fail_after(10):
-            await self._put_in(slot, empty_slot(number))
-            await self._qmp.execute("blockdev-del", node_name=self._slots[number])
-        del self._slots[number]
+        await self._drives.take_out(slot)
 
     def console_tail(self) -> str:
         return console_tail(self.files.console_log)
@@ -227,7 +232,7 @@ async def open_instance(
     plan: VmPlan,
     *,
     instances: Path,
-    logs: Path,
+    logs: Path | None,
     bridge: Bridge,
     cores: Sequence[int],
     purpose: Purpose,
@@ -237,20 +242,21 @@ async def open_instance(
 
     Args:
         instances: the directory below which the instance's own is made.
-        logs: the directory that gets its console log and QEMU's messages when it has ended.
+        logs: the directory that gets its console log and QEMU's messages when it has ended; None: nobody wants them.
         cores: the host core of each virtual CPU.
         memory: what the guest goes on from, or where it will be saved.
     Raises:
         PortTakenError, HostError, BootError: it did not start; nothing is left of it.
     """
-    files = InstanceFiles(instances / plan.instance)
+    home = Home(InstanceFiles(instances / plan.instance), logs)
+    files = home.files
     check_ports_free(plan.instance, [host for host, _ in plan.forwards if host], read_records(instances))
     try:
         files.directory.mkdir(mode=0o700, parents=True)
     except FileExistsError as exc:
         raise PortTakenError("runs already", subject=plan.instance, hint=f"offload vm stop {plan.instance}") from exc
     async with AsyncExitStack() as stack:
-        stack.callback(_put_away, files, logs)
+        stack.callback(home.put_away)
         process = launch(plan, files, memory)
         stack.push_async_callback(process.end, KILL_S)
         # Before anything can go wrong: whatever becomes of us, the next daemon finds it.
@@ -258,7 +264,7 @@ async def open_instance(
         qmp = await stack.enter_async_context(_first_contact(plan, files, process, bridge))
         record = await _settle(plan, files, process, qmp, cores, purpose)
         write_record(files.record, record)
-        async with _supervised(Instance(record, files, process, qmp)) as instance:
+        async with _supervised(Instance(record, home, process, qmp)) as instance:
             if isinstance(memory, SavedGuest):
                 await instance._go_on(memory)
             await qmp.execute("cont")
@@ -268,11 +274,12 @@ async def open_instance(
 @asynccontextmanager
 async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> AsyncIterator[Instance | None]:
     """The block for an instance that an earlier daemon started; None when it has ended meanwhile, and its rest is put away."""
-    files = InstanceFiles(directory)
+    home = Home(InstanceFiles(directory), logs)
+    files = home.files
     record = read_record(files.record)
     process = find_process(record.pid, record.started) if record else None
     async with AsyncExitStack() as stack:
-        stack.callback(_put_away, files, logs)
+        stack.callback(home.put_away)
         if record is None or process is None:
             if record is None:
                 await _end_unrecorded(files, bridge)
@@ -283,7 +290,10 @@ async def adopt_instance(directory: Path, *, logs: Path, bridge: Bridge) -> Asyn
         if record.began:
             # The earlier daemon may have been killed right before it did this; and a disk that was full may have room again.
             await qmp.execute("cont")
-        async with _supervised(Instance(record, files, process, qmp)) as instance:
+        async with _supervised(Instance(record, home, process, qmp)) as instance:
+            with suppress(MachineLostError):  # its end is seen by others
+                # The builds that the earlier daemon ran in it have ended with that.
+                await instance._drives.clear()
             yield instance
 
 
@@ -309,8 +319,7 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
     async with open_narrow_nursery() as nursery:
         nursery.start_soon(instance._watch, watching)
         nursery.start_soon(instance._end_when_disk_full)
-        nursery.start_soon(bound_log, instance.files.console_log)
-        nursery.start_soon(bound_log, instance.files.qemu_log)
+        nursery.start_soon(bound_logs, lambda: (instance.files.console_log, instance.files.qemu_log))
         try:
             yield instance
         finally:
@@ -369,12 +378,7 @@ async def _settle(
     plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Purpose
 ) -> InstanceRecord:
     """Pin the paused VM's threads and note what QEMU has made of the plan."""
-    # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
-    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
-        try:
-            os.sched_setaffinity(cpu["thread-id"], {core})
-        except OSError as exc:
-            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=plan.instance) from exc
+    await _pin(qmp, cores, plan.instance)
     assert process.started is not None
     return InstanceRecord(
         plan=plan,
@@ -384,8 +388,18 @@ async def _settle(
         cores=tuple(cores),
         missing_features=missing_features(files.qemu_log.read_text(errors="replace")),
         purpose=purpose,
+        clock_offset=plan.date.timestamp() - time.monotonic(),
         began=time.time(),
     )
+
+
+async def _pin(qmp: Qmp, cores: Sequence[int], instance: str) -> None:
+    # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
+    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
+        try:
+            os.sched_setaffinity(cpu["thread-id"], {core})
+        except OSError as exc:
+            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=instance) from exc
 
 
 def missing_features(stderr: str) -> tuple[str, ...]:
@@ -397,18 +411,3 @@ def _stderr(log: Path) -> str:
     """QEMU's last words without the warnings that are told elsewhere."""
     lines = console_tail(log, lines=200).splitlines()
     return "\n".join([line for line in lines if not _MISSING_FEATURE.search(line)][-10:])
-
-
-def _put_away(files: InstanceFiles, logs: Path) -> None:
-    """Keep the logs, drop everything else."""
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        for log in (files.console_log, files.qemu_log):
-            if log.exists():
-                # QEMU's user may be another machine's tomorrow.
-                os.chown(log, os.geteuid(), os.getegid())
-                shutil.move(log, logs / log.name)
-    except OSError as exc:
-        raise HostError(f"cannot keep the logs: {exc.strerror}", subject=str(logs)) from exc
-    finally:
-        shutil.rmtree(files.directory, ignore_errors=True)

@@ -46,7 +46,8 @@ class Qmp:
     def __init__(self, bridge: Bridge, client: QMPClient, instance: str) -> None:
         self._bridge = bridge
         self._client = client
-        self._instance = instance
+        self.instance = instance
+        """What errors call it."""
         self._handing = trio.Lock()
 
     async def execute(self, command: str, **arguments: Any) -> Any:
@@ -56,12 +57,12 @@ class Qmp:
             MachineLostError: QEMU refused it or went away.
         """
         given = {key.replace("_", "-"): value for key, value in arguments.items()}
-        with _mapped(f"QEMU went away during {command}", self._instance), trio.fail_after(ANSWER_S):
+        with _mapped(f"QEMU went away during {command}", self.instance), trio.fail_after(ANSWER_S):
             try:
                 return await self._bridge.call(self._client.execute, command, given or None)
             except ExecuteError as exc:
                 refusal = f"QEMU refused {command}: {exc}"
-        raise MachineLostError(refusal, subject=self._instance)
+        raise MachineLostError(refusal, subject=self.instance)
 
     async def human(self, command: str) -> str:
         """Run a command of the human monitor, for what QMP does not have."""
@@ -85,7 +86,7 @@ class Qmp:
             answer = await self._client.execute("add-fd")
             return int(answer["fdset-id"])  # type: ignore[index]
 
-        with _mapped("QEMU does not take a file", self._instance), trio.fail_after(ANSWER_S):
+        with _mapped("QEMU does not take a file", self.instance), trio.fail_after(ANSWER_S):
             # QEMU holds one descriptor for the next command that wants one: two at a time would be mistaken for each other.
             async with self._handing:
                 number = await self._bridge.call(send)
@@ -107,7 +108,7 @@ class Qmp:
             self._client.send_fd_scm(fd)
             await self._client.execute("getfd", {"fdname": name})
 
-        with _mapped("QEMU does not take a file", self._instance), trio.fail_after(ANSWER_S):
+        with _mapped("QEMU does not take a file", self.instance), trio.fail_after(ANSWER_S):
             async with self._handing:
                 await self._bridge.call(send)
 
@@ -129,7 +130,7 @@ class Qmp:
                     if isinstance(data, dict) and data.get("nospace"):
                         return
 
-        with _mapped("QEMU went away", self._instance):
+        with _mapped("QEMU went away", self.instance):
             await self._bridge.call(wait)
 
 

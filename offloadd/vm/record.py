@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from offloadd.plan.machine import VmPlan
 from offloadd.vm.process import QemuProcess
 
-Purpose = Literal["machine", "build"]
+Purpose = Literal["machine", "build", "warm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,16 @@ class InstanceRecord:
     missing_features: tuple[str, ...]
     """CPU features of the model that the accelerator does not give."""
     purpose: Purpose
-    """Started for its user, or for one build and thrown away after it."""
+    """Started for its user; for one build, and thrown away after it; or it waits, paused, for a build that takes it."""
+    clock_offset: float
+    """What the guest's clock is ahead of the host's CLOCK_MONOTONIC, by which QEMU runs it: nobody sets that one, and it stands
+    still while the host is suspended."""
     began: float
     """Unix time at which the guest was let go; 0 before that."""
+
+    def clock(self) -> float:
+        """What the guest's clock should show now, in seconds since 1970."""
+        return self.clock_offset + time.monotonic()
 
     @classmethod
     def of_paused(cls, plan: VmPlan, process: QemuProcess, cores: Sequence[int], purpose: Purpose) -> InstanceRecord:
@@ -44,6 +52,7 @@ class InstanceRecord:
             cores=tuple(cores),
             missing_features=(),
             purpose=purpose,
+            clock_offset=0.0,
             began=0.0,
         )
 

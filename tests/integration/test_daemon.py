@@ -445,10 +445,11 @@ def left_over(daemon: Daemon, name: str, purpose: Any, started: int = 1, digest:
         plan=replace(plan(name), boot=replace(BOOT, digest=digest)),
         pid=2**22 - 1,
         started=started,
-        ports={22: 1, 1004: 2},
+        ports={22: 1},
         cores=(0,),
         missing_features=(),
         purpose=purpose,
+        clock_offset=0.0,
         began=1.0,
     )
     write_record(directory / "instance.json", record)

@@ -18,6 +18,7 @@ from offloadd.daemon.builds import SOURCE_S, Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.pool import Pool
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import BuildFailedError, BuildTimeoutError, NotFoundError, SshError
 from offloadd.model.recipe import BuildRequest
@@ -63,7 +64,7 @@ class Anybody:
 @asynccontextmanager
 async def open_builds(shop: Workshop) -> AsyncIterator[Builds]:
     async with trio.open_nursery() as nursery:
-        yield Builds(shop, cast(Machines, SimpleNamespace()), cast(Dispatcher, Anybody()), nursery)
+        yield Builds(shop, cast(Pool, None), cast(Machines, SimpleNamespace()), cast(Dispatcher, Anybody()), nursery)
 
 
 async def told(builds: Builds, build: str) -> list[dict[str, Any]]:

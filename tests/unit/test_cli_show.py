@@ -39,6 +39,19 @@ ROW: dict[str, Any] = {
     "cpu_count": 2,
     "memory_mib": 2048,
     "ssh_port": 11022,
+    "private_memory": 147 << 20,
+    "guests": [],
+}
+GUEST: dict[str, Any] = {
+    "instance": "build-0a1b2c3d",
+    "purpose": "build",
+    "pid": 43,
+    "since": NOW.timestamp() - 3,
+    "date": "2012-06-01T00:00:00Z",
+    "cpu": "IvyBridge",
+    "cpu_count": 2,
+    "memory_mib": 2048,
+    "private_memory": 91 << 20,
 }
 INSTANCE: dict[str, Any] = {
     "pid": 42,
@@ -48,6 +61,7 @@ INSTANCE: dict[str, Any] = {
     "missing_cpu_features": ["CPUID.01H:ECX.pcid", "CPUID.07H:EBX.hle"],
     "clock": "2020-01-01T00:03:12Z",
     "cores": [1, 0],
+    "private_memory": 147 << 20,
     "ports": {"22": 11022},
     "image_digest": "0123456789abcdef",
 }
@@ -111,6 +125,9 @@ def test_machine_that_runs() -> None:
     assert "Haswell; TCG does not give it pcid, hle" in text
     assert "vCPU 0 -> core 1, vCPU 1 -> core 0" in text
     assert "127.0.0.1:11022 -> 22" in text
+    assert "private memory      147.0 MiB" in text
+    hidden = {**MACHINE, "instance": {**INSTANCE, "private_memory": None}}
+    assert "private memory" not in machine_text(hidden, NOW.timestamp())
 
 
 def test_machine_that_crashed_shows_its_last_words_without_control_characters() -> None:
@@ -153,6 +170,26 @@ def test_lists() -> None:
     ]
 
 
+def test_guests_stand_below_their_machine() -> None:
+    warm = {**GUEST, "instance": "warm-12345678", "purpose": "warm", "private_memory": None}
+    saved, tested, booting = (
+        {**GUEST, "instance": name, "since": None} for name in ("template-0123456789ab", "test-1234", "build-1")
+    )
+    rows = [{**ROW, "guests": [GUEST, warm, saved, tested, booting]}, {**ROW, "name": "z", "state": "stopped", "since": None}]
+    lines = [" ".join(line.split()) for line in machines_table(rows, NOW.timestamp()).splitlines()]
+    assert lines[1].startswith("build-vm build-vm running (1m00s ago)")
+    assert lines[1].endswith("2 2.0 GiB 147.0 MiB 11022")
+    assert lines[2] == ("- build-0a1b2c3d building 0a1b2c3d (3.0s ago) 2012-06-01T00:00:00Z IvyBridge 2 2.0 GiB 91.0 MiB -")
+    assert lines[3] == "- warm-12345678 waiting (3.0s ago) - IvyBridge 2 2.0 GiB - -"
+    assert lines[4].startswith("- template-0123456789ab being saved 2012")
+    assert lines[5].startswith("- test-1234 being tested 2012")
+    assert lines[6].startswith("- build-1 building 1 2012")
+    assert lines[7].startswith("z ")
+    narrow = machines_table(rows, NOW.timestamp(), 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert {"PRIVATE", "SSH"} <= set(narrow.split())
+
+
 RESULT: dict[str, Any] = {
     "build": "0a1b2c3d",
     "name": "hello",
@@ -177,6 +214,22 @@ def test_summary_of_a_success() -> None:
     assert "2020-01-01T00:00:00Z in the guest" in text
     assert "/x/out (2 files, 2.0 KiB)" in text
     assert "a -> /etc (leads out of the outputs)" in text
+
+
+@pytest.mark.parametrize(
+    ("guest", "words"),
+    [
+        ({"guest": "boot", "boot_s": 3.1}, "booted for it in 3.1s"),
+        ({"guest": "clone", "boot_s": 0.234}, "a fresh clone, ready in 0.2s"),
+        ({"guest": "warm", "boot_s": 0.05}, "a fresh clone that was waiting, ready in 0.1s"),
+        ({"guest": "kept", "boot_s": 0.0, "own_vm": False}, "kept running"),
+        ({"guest": "kept", "boot_s": 1.2, "own_vm": False}, "started in 1.2s and kept running"),
+        ({"boot_s": 9.3}, "booted for it in 9.3s"),
+        ({"boot_s": None}, "which was running"),
+    ],
+)
+def test_what_guest_a_build_had(guest: dict[str, Any], words: str) -> None:
+    assert f"  machine      build-vm, {words}" in build_summary("succeeded", {**RESULT, **guest}, None)
 
 
 def test_summary_of_what_never_ran() -> None:

@@ -15,8 +15,11 @@ from offloadd import doctor
 from offloadd.binfmt.magic import ET_EXEC, elf_header
 from offloadd.binfmt.status import Registration, Status, parse_entry
 from offloadd.config.library import load_library
+from offloadd.daemon.host_memory import HostMemory
 from offloadd.doctor import Program, Requirement, State
 from offloadd.paths import Paths, find_paths
+
+from .test_templates import place_template
 
 
 @pytest.fixture
@@ -167,3 +170,38 @@ def test_lines() -> None:
         "Missing: mke2fs.",
     ]
     assert "\x1b[31m" in doctor_lines(rows, coloured=True)[1]
+
+
+def test_clones_that_are_to_wait(paths: Paths) -> None:
+    def look(gib: float) -> list[Requirement]:
+        memory = HostMemory(total=8 << 30, available=int(gib * (1 << 30)), pressure=None)
+        return doctor.check_warm(load_library(paths.library), memory)
+
+    assert doctor.check_warm(None, HostMemory(total=0, available=0, pressure=None)) == []
+    folder = paths.config / "machines"
+    folder.mkdir(parents=True)
+    (folder / "build-vm.yaml").write_text("kind: build-vm\nimage: debian\nwarm: 0\n")
+    (folder / "no.yaml").write_text("kind: build-vm\nimage: debian\nwarm: 9\ntemplate: false\n")
+    assert look(8) == []
+    (folder / "vm.yaml").write_text("kind: build-vm\nimage: debian\nmemory-size: 8192\nwarm: 2\n")
+    # Two of a gigabyte each; a quarter of the host's memory is left alone.
+    assert [row.state for row in look(4)] == [State.OK]
+    (row,) = look(3.5)
+    assert row.state is State.WARNING
+    assert "2 clones may need 2.0 GiB, and there is room for 1.5 GiB" in row.found
+    assert "`warm` of vm" in row.remedy
+    assert "room for 0 B" in look(1)[0].found
+
+
+def test_templates_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_templates(tmp_path).found == "none made yet"
+    place_template(tmp_path, "a" * 64, {})
+    assert doctor.check_templates(tmp_path).found.startswith("1 made, ")
+
+    def refuse(name: str, size: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(doctor, "open_memory", refuse)
+    row = doctor.check_templates(tmp_path)
+    assert row.state is State.WARNING
+    assert "Function not implemented" in row.found

@@ -16,6 +16,7 @@ from offloadd.daemon.dispatch import Assignment, Dispatcher
 from offloadd.daemon.events import EventLog
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.pool import Pool
 from offloadd.daemon.work import Work
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
@@ -65,6 +66,7 @@ class Case:
         database.move_build("b1", BuildState.QUEUED)
         self.performer = Performer(
             shop=cast(Workshop, SimpleNamespace(database=database)),
+            pool=cast(Pool, None),
             machines=cast(Machines, None),
             dispatcher=cast(Dispatcher, self),
             move=self.move,

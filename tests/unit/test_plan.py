@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from offloadd.errors import NoMachineError, UsageError
-from offloadd.plan.argv import QemuFds, qemu_argv
+from offloadd.plan.argv import MemoryFds, QemuFds, empty_slot, qemu_argv, slot_is_writable, slot_name
 from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
-from offloadd.plan.machine import default_qemu, plan_for_build, plan_vm
+from offloadd.plan.machine import DISKS_OF_A_BUILD, default_qemu, plan_for_build, plan_vm
 from offloadd.plan.target import TARGETS
 
 from .plans import BOOT, X86_MODELS, day, emulated_plan, facts, machine, plan
@@ -86,7 +86,8 @@ def test_the_plan_of_a_machine() -> None:
     made = plan("vm", date="2012-01-01", memory_size=512, cpu_count=2)
     assert (made.machine, made.instance, made.system) == ("vm", "vm", "x86_64-linux")
     assert (made.cpu, made.cpu_count, made.memory_mib) == ("SandyBridge", 2, 512)
-    assert made.forwards == ((11022, 22), (11044, 1004))
+    assert made.forwards == ((11022, 22),)
+    assert (made.disk_slots, made.boot.digest) == (3, "abc")
     assert plan(cpu="486").cpu == "486"
     with pytest.raises(NoMachineError) as caught:
         plan("vm", cpu="Pentium9")
@@ -95,10 +96,15 @@ def test_the_plan_of_a_machine() -> None:
     assert default_qemu(machine(qemu="/opt/qemu")) == "/opt/qemu"
 
 
-def test_the_plan_of_a_build_has_its_own_name_ports_date_and_cpu() -> None:
-    moved = plan_for_build(plan(), "build-1", date=day("2009-01-01"), cpu=None, pinned_cpu=False)
+def test_the_plan_of_a_build_has_its_own_name_date_and_cpu_and_no_ports() -> None:
+    moved = plan_for_build(plan(parallel_builds=3), "build-1", date=day("2009-01-01"), cpu=None, pinned_cpu=False)
     assert (moved.instance, moved.machine, moved.cpu, moved.date) == ("build-1", "m", "Nehalem", day("2009-01-01"))
-    assert moved.forwards == ((0, 22), (0, 1004))
+    assert (moved.forwards, moved.disk_slots) == ((), DISKS_OF_A_BUILD)
+
+
+@pytest.mark.parametrize(("builds", "slots"), [(1, 3), (2, 6), (4, 12), (5, 12), (64, 12)])
+def test_each_build_in_a_machine_has_its_drives_as_far_as_a_bus_goes(builds: int, slots: int) -> None:
+    assert plan(parallel_builds=builds).disk_slots == slots
 
 
 def test_a_machine_without_a_date_has_todays() -> None:
@@ -135,7 +141,17 @@ def test_what_is_built_has_a_clock_of_its_own() -> None:
         plan_for_build(arm, "b", date=None, cpu=None, pinned_cpu=False, system="armhf-linux")
 
 
-FDS = QemuFds(qmp=7, console=8, console_log=9, disk=10, base=11, kernel=12, initramfs=13)
+FDS = QemuFds(qmp=7, console=8, agent=14, console_log=9, disk=10, base=11, kernel=12, initramfs=13)
+SAVING = replace(FDS, memory=MemoryFds(ram=15))
+CLONE = replace(FDS, memory=MemoryFds(ram=15, frozen=16))
+SLOTS = [
+    *("-blockdev", "driver=null-co,node-name=empty0,size=1099511627776,read-zeroes=on,read-only=on"),
+    *("-device", "virtio-blk-pci,id=slot0,drive=empty0,serial=slot0"),
+    *("-blockdev", "driver=null-co,node-name=empty1,size=1099511627776,read-zeroes=on,read-only=on"),
+    *("-device", "virtio-blk-pci,id=slot1,drive=empty1,serial=slot1"),
+    *("-blockdev", "driver=null-co,node-name=empty2,size=1099511627776,read-zeroes=on,read-only=off"),
+    *("-device", "virtio-blk-pci,id=slot2,drive=empty2,serial=slot2"),
+]
 
 
 def options(argv: list[str], name: str) -> list[str]:
@@ -150,8 +166,8 @@ def test_the_whole_command_line() -> None:
         *("-name", "guest=m,debug-threads=on"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", "pc", "-accel", "tcg"),
-        *("-cpu", "Cascadelake-Server", "-smp", "4", "-m", "2048M"),
+        *("-machine", "pc", "-m", "2048M"),
+        *("-accel", "tcg", "-cpu", "Cascadelake-Server", "-smp", "4"),
         *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
         *("-kernel", "/proc/self/fd/12", "-initrd", "/proc/self/fd/13"),
         *("-append", options(argv, "-append")[0]),
@@ -159,11 +175,15 @@ def test_the_whole_command_line() -> None:
         "-chardev",
         "socket,id=console,fd=8,server=on,wait=off,logfile=/proc/self/fd/9,logappend=on",
         *("-serial", "chardev:console"),
+        *("-chardev", "socket,id=agent,fd=14,server=on,wait=off"),
+        *("-device", "virtio-serial-pci,max_ports=2"),
+        *("-device", "virtserialport,chardev=agent,name=org.offload.agent"),
         "-blockdev",
         "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/proc/self/fd/10"
         ",backing.driver=raw,backing.read-only=on,backing.file.driver=file,backing.file.filename=/proc/self/fd/11",
         *("-device", "virtio-blk-pci,drive=root,serial=root"),
-        *("-netdev", "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:11022-:22,hostfwd=tcp:127.0.0.1:11044-:1004"),
+        *SLOTS,
+        *("-netdev", "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:11022-:22"),
         *("-device", "virtio-net-pci,netdev=net0,romfile="),
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         *("-device", "pvpanic-pci"),
@@ -196,8 +216,10 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
         f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off cryptomgr.notests"
     ]
     assert options(argv, "-device") == [
+        f"virtio-serial-{bus},max_ports=2",
+        "virtserialport,chardev=agent,name=org.offload.agent",
         f"virtio-blk-{bus},drive=root,serial=root",
-        f"virtio-scsi-{bus},id=hot",
+        *(f"virtio-blk-{bus},id=slot{number},drive=empty{number},serial=slot{number}" for number in range(3)),
         "virtio-net-pci,netdev=net0,romfile=" if bus == "pci" else "virtio-net-ccw,netdev=net0",
         f"virtio-rng-{bus},rng=rng0",
     ]
@@ -218,13 +240,67 @@ def test_what_changes_an_option() -> None:
 
 
 def test_ports_are_forwarded_on_loopback_only() -> None:
+    forwards = {12022: 22, 12080: 80}
+    [netdev] = options(qemu_argv(plan(port_forwardings=forwards), FDS), "-netdev")
+    assert netdev.endswith(",hostfwd=tcp:127.0.0.1:12022-:22,hostfwd=tcp:127.0.0.1:12080-:80")
+    assert netdev.count("hostfwd=") == netdev.count("hostfwd=tcp:127.0.0.1:") == 2
+
+
+def test_nobody_reaches_the_vm_of_a_build() -> None:
     moved = plan_for_build(plan(), "b", date=None, cpu=None, pinned_cpu=False)
-    [netdev] = options(qemu_argv(moved, FDS), "-netdev")
-    assert netdev.endswith(",hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:1004")
-    assert netdev.count("hostfwd=") == netdev.count("hostfwd=tcp:127.0.0.1:")
+    assert options(qemu_argv(moved, FDS), "-netdev") == ["user,id=net0,restrict=on"]
 
 
-def test_nothing_of_ours_is_named_by_its_path() -> None:
-    argv = qemu_argv(plan(), FDS)
+@pytest.mark.parametrize("fds", [FDS, SAVING, CLONE])
+def test_nothing_of_ours_is_named_by_its_path(fds: QemuFds) -> None:
+    argv = qemu_argv(plan(), fds)
     assert not [word for word in argv[1:] if "/i/" in word or "/run/" in word]
-    assert {f"/proc/self/fd/{fd}" for fd in (9, 10, 11, 12, 13)} <= set(re.findall(r"/proc/self/fd/\d+", " ".join(argv)))
+    named = {int(number) for number in re.findall(r"(?:/proc/self/fd/|,fd=)(\d+)", " ".join(argv))}
+    assert named == set(fds.all())
+
+
+def test_the_memory_of_a_guest_that_will_be_saved() -> None:
+    argv = qemu_argv(plan(), SAVING)
+    assert options(argv, "-object")[0] == "memory-backend-file,id=ram,size=2048M,mem-path=/proc/self/fd/15,share=on"
+    assert (options(argv, "-machine"), options(argv, "-m")) == (["pc,memory-backend=ram"], ["2048M"])
+    assert "-incoming" not in argv
+    assert options(argv, "-blockdev") == options(qemu_argv(plan(), FDS), "-blockdev")
+
+
+def test_the_memory_of_a_guest_that_goes_on() -> None:
+    argv = qemu_argv(plan(), CLONE)
+    assert options(argv, "-object")[0] == "memory-backend-file,id=ram,size=2048M,mem-path=/proc/self/fd/15,share=off"
+    assert (options(argv, "-machine"), options(argv, "-incoming")) == (["pc,memory-backend=ram"], ["defer"])
+    assert options(argv, "-blockdev")[0] == (
+        "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/proc/self/fd/10"
+        ",backing.driver=qcow2,backing.read-only=on,backing.file.driver=file,backing.file.filename=/proc/self/fd/16"
+        ",backing.backing.driver=raw,backing.backing.read-only=on"
+        ",backing.backing.file.driver=file,backing.backing.file.filename=/proc/self/fd/11"
+    )
+
+
+@pytest.mark.parametrize(
+    ("system", "model"), [("x86_64-linux", "Cascadelake-Server"), ("s390x-linux", "max"), ("powerpc64le-linux", "power9")]
+)
+def test_a_clone_has_the_devices_of_what_was_saved(system: str, model: str) -> None:
+    """QEMU matches them by kind, order and name."""
+    wanted = plan() if system == "x86_64-linux" else emulated_plan(system, model)
+    saved, clone = qemu_argv(wanted, SAVING), qemu_argv(replace(wanted, instance="other"), CLONE)
+    for name in ("-machine", "-accel", "-cpu", "-smp", "-m", "-device", "-append"):
+        assert options(saved, name) == options(clone, name)
+    assert options(saved, "-machine")[0].endswith(",memory-backend=ram")
+
+
+def test_drives_are_named_once_and_every_third_can_be_written_to() -> None:
+    argv = qemu_argv(plan(parallel_builds=4), FDS)
+    drives = [word for word in options(argv, "-device") if "slot" in word]
+    empty = [word for word in options(argv, "-blockdev") if "null-co" in word]
+    assert drives == [
+        f"virtio-blk-pci,id={slot_name(number)},drive={empty_slot(number)},serial={slot_name(number)}" for number in range(12)
+    ]
+    assert [word.endswith("read-only=off") for word in empty] == [number % 3 == 2 for number in range(12)]
+    assert [slot_is_writable(number) for number in range(6)] == [False, False, True] * 2
+    # virtio-blk's serial has room for 20 bytes.
+    assert len({slot_name(number) for number in range(100)}) == 100
+    assert max(len(slot_name(number)) for number in range(100)) <= 20
+    assert not [word for word in qemu_argv(replace(plan(), disk_slots=0), FDS) if "slot" in word or "null-co" in word]

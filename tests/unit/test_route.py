@@ -275,16 +275,50 @@ def test_preferred_names_and_kinds_come_first_in_the_order_of_the_wish() -> None
 
 def test_why_in_one_line() -> None:
     known = facts(busy=1, environments=frozenset({"e"}))
-    assert route(needs(), (machine("m", parallel_builds=2), known)).candidates[0].why == "native, running, 1 of 2 slots free"
+    assert route(needs(), (machine("m", parallel_builds=2), known)).candidates[0].why == "native, 1 of 2 slots free"
     decision = route(
         needs(prefer=("m",), environment="e"), (machine("m", speed=0.2), facts(load=1.5, environments=frozenset({"e"})))
     )
     assert decision.candidates[0].why == (
-        "preferred, overloaded (load 1.50 for each core), native, running, 1 of 1 slot free, speed 0.2, has the environment"
+        "preferred, overloaded (load 1.50 for each core), native, 1 of 1 slot free, speed 0.2, has the environment"
     )
     decision = route(needs(), (machine("m"), facts(emulation=Emulation.FULL, running=False, breaker=Breaker(3, NOW))))
-    assert decision.candidates[0].why == "full emulation, cold, 1 of 1 slot free, on trial after 3 failures"
+    assert decision.candidates[0].why == "full emulation, not running, 1 of 1 slot free, on trial after 3 failures"
     assert "no slot free, 2 waiting" in route(needs(), (machine("m"), facts(busy=3))).candidates[0].why
+
+
+@pytest.mark.parametrize(
+    ("keep", "known", "why"),
+    [
+        (False, {"running": True}, "has a template"),
+        (False, {"running": True, "started": True}, "has a template"),
+        (False, {"running": False, "started": True}, "has to boot"),
+        (False, {"running": False}, "has to boot"),
+        (True, {"running": False, "started": True}, "runs"),
+        (True, {"running": True, "started": True}, "runs"),
+        (True, {"running": True, "started": False}, "has to be started"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["build-vm", "emulated-vm"])
+def test_how_a_vm_comes_to_a_build(kind: str, keep: bool, known: dict[str, bool], why: str) -> None:
+    system = X86 if kind == "build-vm" else ARM
+    found = route(needs(system=system, keep_machine=keep), (machine("m", kind), facts(system, **known))).candidates[0]
+    assert found.why == f"native, {why}, 1 of 1 slot free"
+    assert found.cost.cold is (why in ("has to boot", "has to be started"))
+
+
+def test_a_build_that_keeps_its_machine_goes_where_one_runs() -> None:
+    started = (machine("z", "build-vm"), facts(running=False, started=True))
+    known = [(machine("a", "build-vm"), facts()), started]
+    assert names(route(needs(keep_machine=True), *known)) == ["z", "a"]
+    assert names(route(needs(), *known)) == ["a", "z"]
+
+
+@pytest.mark.parametrize("kind", ["local", "ssh", "binfmt"])
+def test_only_a_virtual_machine_can_be_kept(kind: str) -> None:
+    assert obstacle(needs(), machine("m", kind), facts()) == ""
+    told = obstacle(needs(keep_machine=True), machine("m", kind), facts())
+    assert told == "is no virtual machine: there is nothing to keep"
 
 
 def test_as_json() -> None:
@@ -297,7 +331,7 @@ def test_as_json() -> None:
         {
             "machine": "a",
             "kind": "ssh",
-            "why": "user emulation, running, 1 of 1 slot free",
+            "why": "user emulation, 1 of 1 slot free",
             "wish": 0,
             "overloaded": False,
             "emulation": "user",
@@ -392,6 +426,7 @@ FACTS = st.builds(
     mode=st.sampled_from([MachineMode.ONLINE, *MachineMode]),
     breaker=BREAKERS,
     running=st.booleans(),
+    started=st.booleans(),
     busy=st.integers(0, 4),
     load=st.sampled_from([None, 0.1, 3.0]),
     memory_mib=st.sampled_from([None, 1024, 4096]),
@@ -413,6 +448,7 @@ NEEDS = st.builds(
     environment=st.sampled_from(["", "e"]),
     machine=st.sampled_from([None, None, None, "m0", "m1"]),
     prefer=st.lists(st.sampled_from(["m0", "m2", *KINDS]), max_size=3).map(tuple),
+    keep_machine=st.booleans(),
     quirk=st.sampled_from(["", "", "died of SIGILL"]),
 )
 Park = list[tuple[Machine, MachineFacts]]
@@ -434,6 +470,8 @@ def lacks(asked: Needs, what: Machine, known: MachineFacts) -> Iterable[str]:
         yield "features"
     if not vm and (asked.date, asked.cpu, asked.kernel) != (None, None, None):
         yield "vm"
+    if not vm and asked.keep_machine:
+        yield "nothing to keep"
     if asked.date and vm:
         for system in (asked.system, what.systems[0]):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from offload_cli.show_machine import check_lines, machine_page, machines_page
+from offload_cli.show_machine import check_lines, machine_page, machines_page, templates_page
 
 NOW = 1_800_000_000.0
 CLOSED = {"state": "closed", "failures": 0, "open_until": None}
@@ -126,3 +126,31 @@ def test_checks() -> None:
     assert check_lines(good) == ["  ok      reach it: a:22 (0.2s)"]
     bad = {**good, "ok": False, "text": "no", "took_s": 0.0, "detail": "one\n\x1b[2Jtwo", "hint": "try"}
     assert check_lines(bad) == ["  failed  reach it: no", "          | one", "          | two", "          hint: try"]
+
+
+def test_templates() -> None:
+    template: dict[str, Any] = {
+        "digest": "0123456789abcdef" * 4,
+        "machine": "vm",
+        "image": "debian",
+        "cpu": "Haswell",
+        "memory_mib": 2048,
+        "qemu_version": "7.2.22",
+        "accelerator": "tcg",
+        "made": "2026-11-01T00:00:00Z",
+        "size_on_disk": 150 << 20,
+        "in_memory": False,
+        "stale": "",
+    }
+    page = templates_page([template, {**template, "in_memory": True}], NOW)
+    heads, *rows = (line.split() for line in page.splitlines())
+    assert heads == ["DIGEST", "MACHINE", "IMAGE", "CPU", "MEMORY", "QEMU", "MADE", "SIZE", "STATE"]
+    assert rows[0][:6] == ["0123456789ab", "vm", "debian", "Haswell", "2.0", "GiB"]
+    assert rows[0][-4:] == ["150.0", "MiB", "on", "disk"]
+    assert rows[1][-2:] == ["in", "memory"]
+    assert len(rows) == 2
+    stale = templates_page([template, {**template, "in_memory": True, "stale": "made from an older image"}], NOW, 80)
+    assert max(map(len, stale.splitlines())) <= 80
+    assert stale.splitlines()[2].split()[-1] == "stale"
+    assert "\n0123456789ab: made from an older image\n" in stale
+    assert "offload template gc" in stale

@@ -159,6 +159,7 @@ def test_other_formats(tar_format: int) -> None:
             tar_of(
                 info("./", tarfile.DIRTYPE),
                 info("./a", size=700, mtime=NEWEST + 5, mode=0o4711, uid=77, uname="somebody"),
+                info("d" * 90, tarfile.DIRTYPE, mtime=5),
                 info(long, mtime=5),
                 info("s", tarfile.SYMTYPE, linkname="x" * 90),
                 info("h", tarfile.LNKTYPE, linkname="./a"),
@@ -168,6 +169,7 @@ def test_other_formats(tar_format: int) -> None:
     )
     assert {name: (member.size, member.mtime, member.mode, member.uid, member.uname) for name, member in found.items()} == {
         "a": (700, NEWEST, 0o711, 1000, ""),
+        "d" * 90: (0, 5, 0o644, 1000, ""),
         long: (0, 5, 0o644, 1000, ""),
         "s": (0, 0, 0o644, 1000, ""),
         "h": (0, 0, 0o644, 1000, ""),

@@ -113,14 +113,14 @@ USERNET = """\
 Hub -1 (net0):
   Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ
   TCP[ESTABLISHED]   30       127.0.0.1 45678       10.0.2.15    22     0     0
-  TCP[HOST_FORWARD]  14       127.0.0.1 34567       10.0.2.15  1004     0     0
+  TCP[HOST_FORWARD]  14       127.0.0.1 34567       10.0.2.15    80     0     0
   TCP[HOST_FORWARD]  13       127.0.0.1 11022       10.0.2.15    22     0     0
   UDP[236 sec]       15       10.0.2.15    68        10.0.2.2    67     0     0
 """
 
 
 def test_the_ports_that_qemu_has_chosen() -> None:
-    assert parse_usernet(USERNET) == {22: 11022, 1004: 34567}
+    assert parse_usernet(USERNET) == {22: 11022, 80: 34567}
     assert parse_usernet("") == {}
 
 
@@ -139,6 +139,7 @@ def record(name: str, **changes: Any) -> InstanceRecord:
         "cores": (0, 1),
         "missing_features": ("pcid",),
         "purpose": "machine",
+        "clock_offset": 1000.25,
         "began": 1.5,
     }
     return InstanceRecord(**values | changes)
@@ -150,6 +151,12 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write_record(path, record("m"))
     assert read_record(path) == record("m")
     assert [file.name for file in path.parent.iterdir()] == ["instance.json"]
+
+
+def test_a_guests_clock_follows_the_one_of_the_host_that_nobody_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offloadd.vm.record.time.time", lambda: pytest.fail("somebody may set it"))
+    monkeypatch.setattr("offloadd.vm.record.time.monotonic", lambda: 50.5)
+    assert record("m").clock() == 1050.75
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff", b'{"pid": 1}'])

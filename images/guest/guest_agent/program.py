@@ -3,11 +3,9 @@
 import _signal
 import fcntl
 import os
-import select
 
-from guest_agent.wire import WINDOW
+from guest_agent.wire import PIECE, WINDOW
 
-PIECE = 64 * 1024
 F_SETPIPE_SZ = 1031
 
 
@@ -16,86 +14,108 @@ class Program:
 
     def __init__(self, start):
         """Start a process: `start(stdin, stdout, stderr)` gives its number."""
-        ends = [os.pipe(), os.pipe(), os.pipe()]
+        (stdin, self.input), (output, stdout), (error, stderr) = os.pipe(), os.pipe(), os.pipe()
+        self.outputs = {output: "O", error: "E"}
         try:
-            self.pid = start(ends[0][0], ends[1][1], ends[2][1])
+            for descriptor in (self.input, output, error):
+                os.set_blocking(descriptor, False)
+                try:
+                    fcntl.fcntl(descriptor, F_SETPIPE_SZ, WINDOW)
+                except OSError:
+                    # More than this user may have: it goes in smaller pieces.
+                    pass
+            self.ended = None
+            self.pid = start(stdin, stdout, stderr)
             self.ended = os.pidfd_open(self.pid)
         except BaseException:
-            for pair in ends:
-                os.close(pair[0])
-                os.close(pair[1])
+            self.close()
             raise
-        for descriptor in (ends[0][0], ends[1][1], ends[2][1]):
-            os.close(descriptor)
-        self.input, self.output, self.error = ends[0][1], ends[1][0], ends[2][0]
-        for descriptor in (self.input, self.output, self.error):
-            os.set_blocking(descriptor, False)
-            fcntl.fcntl(descriptor, F_SETPIPE_SZ, WINDOW)
+        finally:
+            for descriptor in (stdin, stdout, stderr):
+                os.close(descriptor)
         self.waiting = bytearray()
         """Input that its pipe had no room for."""
         self.no_more_input = False
         self.credit = WINDOW
         """Bytes of output that the host takes."""
-
-    def descriptors(self):
-        return [descriptor for descriptor in (self.input, self.output, self.error, self.ended) if descriptor is not None]
-
-    def outputs(self):
-        return [descriptor for descriptor in (self.output, self.error) if descriptor is not None]
-
-    def says_more(self):
-        """Whether something is in its output pipes now."""
-        poll = select.poll()
-        for descriptor in self.outputs():
-            poll.register(descriptor, select.POLLIN)
-        return any(events & select.POLLIN for _, events in poll.poll(0))
+        self.last_words = None
+        """After its end: how much is still read.  What it has left running may go on writing for ever."""
 
     def feed(self, data):
-        """Note more input; more than a window is more than an honest host sends."""
-        self.waiting += data
-
-    def flush(self):
-        """Write as much input as fits; the number of bytes that went."""
+        """Write input; the number of bytes that are not under way any more."""
+        if self.waiting or not data:
+            self.waiting += data
+            data, self.waiting = self.waiting, bytearray()
         went = 0
         try:
-            while self.waiting and self.input is not None:
-                size = os.write(self.input, self.waiting[:PIECE])
-                del self.waiting[:size]
-                went += size
+            while went < len(data) and self.input is not None:
+                went += os.write(self.input, data[went:] if went else data)
         except BlockingIOError:
+            self.waiting += data[went:]
             return went
         except OSError:
-            # It does not read any more: what the host still sends goes nowhere.
-            went += len(self.waiting)
+            # It does not read any more.
             self.close_input()
-            return went
         if self.no_more_input:
             self.close_input()
-        return went
+        # What nobody reads goes nowhere.
+        return len(data)
 
     def close_input(self):
-        self.waiting.clear()
         if self.input is not None:
             os.close(self.input)
             self.input = None
+
+    def read(self, descriptor):
+        """Some of its output; empty when it waits, or at the end, when the descriptor is closed."""
+        try:
+            data = os.read(descriptor, min(PIECE, self.credit))
+            at_end = not data
+        except BlockingIOError:
+            data, at_end = b"", self.last_words is not None
+        self.credit -= len(data)
+        if self.last_words is not None:
+            self.last_words -= len(data)
+            at_end = at_end or self.last_words <= 0
+        if at_end:
+            del self.outputs[descriptor]
+            os.close(descriptor)
+        return data
 
     def signal(self, number):
         """To the process and all that it has started in its session's group."""
         try:
             os.killpg(self.pid, number)
-        except OSError:
-            # It has just ended.
+        except (OSError, OverflowError):
+            # It has just ended; or there is no such signal.
             pass
+
+    def end(self):
+        """It has ended: what it has said is in the pipes now."""
+        self.last_words = len(self.outputs) * WINDOW
 
     def reap(self):
         """The exit status; 128+N after signal N."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return code if code >= 0 else 128 - code
 
-    def close(self):
-        for descriptor in self.descriptors():
+    def hang_up(self):
+        """Nobody wants it: it sees its input's end and a hang-up, as when a terminal is closed."""
+        self.signal(_signal.SIGHUP)
+        self.close_input()
+        self.close_outputs()
+
+    def close_outputs(self):
+        for descriptor in self.outputs:
             os.close(descriptor)
-        self.input = self.output = self.error = self.ended = None
+        self.outputs = {}
+
+    def close(self):
+        self.close_input()
+        self.close_outputs()
+        if self.ended is not None:
+            os.close(self.ended)
+            self.ended = None
 
 
 def spawn(argv, environment):
@@ -125,7 +145,7 @@ def fork(function):
                 os.dup2(end, number)
             # Those of the agent and of its other programs: whoever waits for one of them to close must not wait for us.
             os.closerange(3, 4096)
-            status = function()
+            status = function() or 0
         except BaseException as exc:
             os.write(2, f"{type(exc).__name__}: {exc}\n".encode("utf-8", "backslashreplace"))
         finally:

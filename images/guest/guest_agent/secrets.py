@@ -273,11 +273,12 @@ def say(text):
 
 
 def main(arguments):
-    """Install what comes on standard input below the root; 0 when that is done."""
+    """Install what comes on standard input below the directory that the one argument names, or `/`; 0 when that is done."""
     os.umask(0o077)
     os.write(1, HELLO)
     try:
-        say(f"installed {receive_secrets(Peer(0, PEER_TIMEOUT_S, time.monotonic() + PEER_TIMEOUT_S), '/')} files")
+        peer = Peer(0, PEER_TIMEOUT_S, time.monotonic() + PEER_TIMEOUT_S)
+        say(f"installed {receive_secrets(peer, arguments[0] if arguments else '/')} files")
     except (Refused, OSError) as exc:
         say(f"refused: {exc}")
         return 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -12,27 +10,37 @@ from offloadd.errors import AgentError, ProtocolError
 from offloadd.guest.agent.wire import MAX_PAYLOAD, WINDOW, encode
 from offloadd.vm.console import clean
 
-Send = Callable[[bytes], Awaitable[None]]
+
+class Line(Protocol):
+    """What frames go out on."""
+
+    def post(self, frame: bytes) -> trio.Event:
+        """Send a frame some time; the event is set when it has gone, or never will.  AgentError: the connection is gone."""
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame, and wait until it has gone.  AgentError: the connection is gone."""
 
 
 class AgentProcess:
     """One program with its three streams, as bytes.  Made by `Agent.open_process` alone.
 
-    What the guest may send is bounded by a window, which grows again only when somebody takes what has come.
+    What the guest may send is bounded by a window for both streams, which opens again only when somebody takes what has come:
+    who takes nothing of one of them may in the end get nothing of the other.
     """
 
-    def __init__(self, channel: int, send: Send, machine: str) -> None:
+    def __init__(self, channel: int, line: Line, machine: str) -> None:
         self.channel = channel
-        self._send = send
+        self._line = line
         self._machine = machine
-        self._output: deque[bytes] = deque()
-        self._error: deque[bytes] = deque()
+        self._output = bytearray()
+        self._error = bytearray()
         self._under_way = 0
         """Bytes that the guest has sent and that we have not given back to its window."""
         self._taken = 0
         """Of these, what somebody has taken."""
         self._room = WINDOW
         """Bytes that the guest takes from us."""
+        self._dropped = False
         self._status: int | None = None
         self._failure: AgentError | ProtocolError | None = None
         self._changed = trio.lowlevel.ParkingLot()
@@ -44,17 +52,17 @@ class AgentProcess:
         self._under_way += len(data)
         if self._under_way > WINDOW:
             raise ProtocolError("the agent sent more output than was asked for", subject=self._machine)
-        if self._status is not None:
-            raise ProtocolError("the agent sent output of a program that has ended", subject=self._machine)
-        if data:
-            (self._output if kind == b"O" else self._error).append(data)
+        if not self._dropped:
+            # Not a list of pieces: each costs more than the one byte that may be in it.
+            buffer = self._output if kind == b"O" else self._error
+            buffer += data
             self._changed.unpark_all()
 
     def take_window(self, size: int) -> None:
-        """The guest has taken some input; ProtocolError when that is more than was sent."""
+        """The guest has taken some input; ProtocolError when that is nothing, or more than was sent."""
         self._room += size
-        if self._room > WINDOW:
-            raise ProtocolError("the agent took more input than was sent", subject=self._machine)
+        if not size or self._room > WINDOW:
+            raise ProtocolError(f"the agent took {size} bytes of input, which were not sent", subject=self._machine)
         self._changed.unpark_all()
 
     def take_exit(self, exit_: dict[str, Any]) -> None:
@@ -84,7 +92,7 @@ class AgentProcess:
         """
         rest = memoryview(data)
         while rest:
-            while not self._room and self._failure is None and self._status is None:
+            while not self._room and not self.ended:
                 await self._changed.park()
             self._check()
             if self._status is not None:
@@ -92,15 +100,25 @@ class AgentProcess:
             piece = rest[: min(self._room, MAX_PAYLOAD)]
             self._room -= len(piece)
             rest = rest[len(piece) :]
-            await self._send(encode(b"I", self.channel, bytes(piece)))
+            await self._line.send(encode(b"I", self.channel, piece))
 
     async def send_eof(self) -> None:
-        """Standard input is at its end."""
+        """Standard input is at its end.
+
+        Raises:
+            AgentError: the channel broke.
+        """
         self._check()
-        await self._send(encode(b"i", self.channel))
+        if self._status is None:
+            await self._line.send(encode(b"i", self.channel))
 
     async def receive(self) -> bytes:
-        """Some of standard output; empty at its end."""
+        """Some of standard output, at most 256 KiB; empty at its end.
+
+        Raises:
+            AgentError: the program could not be started, or the channel broke.
+            ProtocolError: the guest does not keep to the protocol.
+        """
         return await self._receive(self._output)
 
     async def receive_error(self) -> bytes:
@@ -108,36 +126,54 @@ class AgentProcess:
         return await self._receive(self._error)
 
     async def wait(self) -> int:
-        """The exit status; 128+N after signal N.  What it has said and nobody takes is dropped."""
+        """The exit status; 128+N after signal N.  Somebody must take the output meanwhile, unless it is less than a window.
+
+        Raises:
+            AgentError, ProtocolError: as `receive`.
+        """
+        await trio.lowlevel.checkpoint()
         while self._status is None:
             self._check()
             await self._changed.park()
         return self._status
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the program and to what it has started."""
+        """Send a signal to the program and to what it has started.
+
+        Raises:
+            AgentError: the channel broke.
+        """
         if self._status is None:
             self._check()
-            await self._send(encode(b"K", self.channel, b"%d" % number))
+            await self._line.send(encode(b"K", self.channel, bytes([number])))
+
+    def drop(self) -> None:
+        """Nobody takes its output any more; what still comes is only counted."""
+        self._dropped = True
+        self._output.clear()
+        self._error.clear()
 
     @property
     def ended(self) -> bool:
         """Whether the guest will say no more of it."""
         return self._status is not None or self._failure is not None
 
-    async def _receive(self, queue: deque[bytes]) -> bytes:
-        while not queue:
+    async def _receive(self, buffer: bytearray) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while not buffer:
             if self._status is not None:
                 return b""
             self._check()
             await self._changed.park()
-        data = queue.popleft()
+        data = bytes(buffer)
+        buffer.clear()
         self._taken += len(data)
         # Not for each piece: a frame for the guest costs it as much as many bytes.
         if self._taken >= WINDOW // 4 and not self.ended:
             size, self._taken = self._taken, 0
             self._under_way -= size
-            await self._send(encode(b"W", self.channel, size.to_bytes(4, "big")))
+            # Without waiting: who is cancelled there would lose the data.
+            self._line.post(encode(b"W", self.channel, size.to_bytes(4, "big")))
         return data
 
     def _check(self) -> None:

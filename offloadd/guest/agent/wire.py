@@ -1,4 +1,4 @@
-"""The frames of the agent's protocol, version 1.
+"""The frames of the agent's protocol, version 1; `docs/agent.md` says what they mean.
 
     frame = kind (1 byte) + channel (4 bytes, big-endian) + length (4 bytes, big-endian) + payload (at most 64 KiB)
 
@@ -15,7 +15,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from offloadd.errors import ProtocolError
+from offloadd.errors import AgentError, ProtocolError
 
 VERSION = 1
 MAX_PAYLOAD = 64 * 1024
@@ -25,12 +25,10 @@ HEAD = 9
 MAX_SKIPPED = 1 << 20
 """Of what an earlier connection may have left on the way, in front of the answer to our hello."""
 
-HOST_KINDS = b"HRIiKWXC"
-GUEST_KINDS = b"hOExWA"
-_MAGIC = b"offload-agent "
-_SIZES = {ord("W"): 4}
+_GUEST_KINDS = b"hOExWA"
+_NAME = b"offload-agent "
 _MAX_CONTROL = 16 * 1024
-_STREAMS = b"OE"
+_LONGEST_VERSION = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +56,11 @@ class Frame:
         return value
 
 
-def encode(kind: bytes, channel: int, payload: bytes = b"") -> bytes:
+def encode(kind: bytes, channel: int, payload: bytes | memoryview = b"") -> bytes:
     """The frame as bytes; ValueError when the payload is too long."""
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"{len(payload)} bytes are too many for a frame")
-    return kind + channel.to_bytes(4, "big") + len(payload).to_bytes(4, "big") + payload
+    return b"".join((kind, channel.to_bytes(4, "big"), len(payload).to_bytes(4, "big"), payload))
 
 
 class Hello:
@@ -80,7 +78,7 @@ class Hello:
             after_loss: an earlier host may have been cut off in the middle of a frame: it is filled up, so that this is not
                 taken for the rest of it.
         """
-        hello = encode(b"H", 0, _MAGIC + b"%d " % VERSION + self._session)
+        hello = encode(b"H", 0, _NAME + b"%d " % VERSION + self._session)
         return bytes(HEAD + MAX_PAYLOAD) + hello if after_loss else hello
 
     def search(self, data: bytes) -> bytes | None:
@@ -92,12 +90,14 @@ class Hello:
         self._waiting += data
         end = self._waiting.find(b" " + self._session)
         if end >= 0:
-            said = self._waiting[:end].rpartition(_MAGIC)
-            if said[2] != b"%d" % VERSION:
-                version = said[2][:20].decode(errors="replace")
-                raise ProtocolError(f"the agent speaks version {version!r}, this host {VERSION}", hint="offload image build --rebuild")
+            version = self._waiting[:end].rpartition(_NAME)[2]
+            if version != b"%d" % VERSION:
+                shown = version[-_LONGEST_VERSION:].decode(errors="replace")
+                raise ProtocolError(
+                    f"the agent speaks version {shown!r}, this host {VERSION}", hint="offload image build --rebuild"
+                )
             return self._waiting[end + 1 + len(self._session) :]
-        kept = self._waiting[-(HEAD + 100) :]
+        kept = self._waiting[-(HEAD + len(_NAME) + _LONGEST_VERSION + 1 + len(self._session)) :]
         self._skipped += len(self._waiting) - len(kept)
         self._waiting = kept
         if self._skipped > MAX_SKIPPED:
@@ -115,26 +115,34 @@ class Decoder:
         """The frames that `data` completes.
 
         Raises:
-            ProtocolError: a kind that the guest must not send, or a payload over the limit.
+            ProtocolError: a kind that the guest must not send, or a payload that is too long, or too short for its kind.
+            AgentError: the agent was started again.
         """
         self._waiting += data
-        waiting, at, frames = self._waiting, 0, []
-        while len(waiting) - at >= HEAD:
-            size = _check_head(waiting[at], int.from_bytes(waiting[at + 5 : at + HEAD], "big"))
-            end = at + HEAD + size
-            if len(waiting) < end:
-                break
-            channel = int.from_bytes(waiting[at + 1 : at + 5], "big")
-            frames.append(Frame(bytes(waiting[at : at + 1]), channel, bytes(waiting[at + HEAD : end])))
-            at = end
-        del waiting[:at]
+        frames: list[Frame] = []
+        at = 0
+        with memoryview(self._waiting) as waiting:
+            while len(waiting) - at >= HEAD:
+                kind = bytes(waiting[at : at + 1])
+                size = _check_head(kind, int.from_bytes(waiting[at + 5 : at + HEAD], "big"))
+                end = at + HEAD + size
+                if len(waiting) < end:
+                    break
+                channel = int.from_bytes(waiting[at + 1 : at + 5], "big")
+                frames.append(Frame(kind, channel, bytes(waiting[at + HEAD : end])))
+                at = end
+        del self._waiting[:at]
         return frames
 
 
-def _check_head(kind: int, size: int) -> int:
-    if kind not in GUEST_KINDS:
-        raise ProtocolError(f"the agent sent a frame of unknown kind {bytes([kind])!r}")
-    limit = MAX_PAYLOAD if kind in _STREAMS else _MAX_CONTROL
-    if size > limit or _SIZES.get(kind, size) != size:
-        raise ProtocolError(f"the agent sent a frame {bytes([kind])!r} of {size} bytes")
+def _check_head(kind: bytes, size: int) -> int:
+    if kind in (b"\0", b"h"):
+        # A new agent fills up the frame that its predecessor may have begun, and says hello.
+        raise AgentError("the agent ended, and was started again")
+    if kind not in _GUEST_KINDS:
+        raise ProtocolError(f"the agent sent a frame of unknown kind {kind!r}")
+    least, most = {b"O": (1, MAX_PAYLOAD), b"E": (1, MAX_PAYLOAD), b"W": (4, 4)}.get(kind, (0, _MAX_CONTROL))
+    # An empty piece of output would be for nothing, as often as somebody likes.
+    if not least <= size <= most:
+        raise ProtocolError(f"the agent sent a frame {kind!r} of {size} bytes")
     return size
