@@ -9,7 +9,7 @@ from statistics import median
 
 import trio
 
-from bench.boots import FIRST, READY_LIMIT_S, boot, boot_ours
+from bench.boots import READY_LIMIT_S, boot, boot_ours
 from bench.measure import BenchError, Budget, Row, Series
 from bench.others import boot_debvm, boot_plain, boot_plain_command, boot_vng
 from bench.program import time_to_end

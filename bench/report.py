@@ -63,7 +63,9 @@ def _value(row: Row, value: float | None) -> str:
         return f"{value:.1f} a minute"
     if row.relation == "time":
         return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.2f} ms"
-    return f"{value:.2f}x" if row.relation == "ratio" else f"{value:+.2f} s"
+    if row.relation == "ratio":
+        return f"{value:.2f}x" if value >= 0.1 else f"{value:.4f}x"
+    return f"{value:+.2f} s"
 
 
 def _target(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""`make bench`: how fast we are against the bare tools, in one run of about 10 minutes (3 with --quick).
+"""`make bench`: how fast we are against the bare tools, in one run of about 15 minutes (5 with --quick).
 
     python bench/run.py [--quick] [--only fresh,builds,routes,image,routing,throughput,compile,slots] [--output FOLDER]
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure offload against the bare tools.")
-    parser.add_argument("--quick", action="store_true", help="few rounds: 3 minutes instead of 10")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small loads: 5 minutes instead of 15")
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="for results.md and .json")
     return parser.parse_args()
@@ -83,8 +83,8 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             rows += found
             facts |= about
         if "builds" in parts:
-            rows += measure_running(place, limit(60, 3, 10), _tell("builds"))
-            rows += measure_own_vm(place, limit(40, 1, 4), _tell("builds"))
+            rows += measure_running(place, limit(30, 3, 10), _tell("builds"))
+            rows += measure_own_vm(place, limit(20, 5, 15), _tell("builds"))
             rows += measure_command(place, limit(15, 5, 15), _tell("builds"))
         if "throughput" in parts:
             rows += measure_throughput(place, limit(60, 1, 2), _tell("throughput"), quick=quick)
@@ -94,10 +94,10 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             rows += measure_slots(place, limit(40, 1, 3), _tell("slots"))
         if "routes" in parts:
             rows += measure_local(place, limit(30, 5, 15), _tell("routes"))
-            rows += measure_binfmt(place, limit(150, 1, 3), _tell("routes"))
+            rows += measure_binfmt(place, limit(40, 1, 3), _tell("routes"))
     if "image" in parts:
         with open_workplace(empty_cache=True) as place:
-            rows += measure_image(place, limit(260, 1, 3), _tell("image"))
+            rows += measure_image(place, limit(90, 1, 3), _tell("image"))
     if "routing" in parts:
         rows += measure_routing(limit(15, 5, 15), _tell("routing"))
     return rows

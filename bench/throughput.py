@@ -11,11 +11,11 @@ from pathlib import Path
 import trio
 
 from bench.carriers import THERE, Carrier, agent_carrier, disk_carrier, ssh_carriers
-from bench.stock import Stock, open_stock
 from bench.loads import Load, check_and_remove, make_big, make_small
 from bench.login import Login
 from bench.measure import Budget, Row, Series
 from bench.program import time_to_end
+from bench.stock import Stock, open_stock
 from bench.ways import Point, Way, go_in_turn, way_rows
 from bench.workplace import Workplace
 from offloadd.daemon.guests import FreshGuest
@@ -56,7 +56,7 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress, quick: bool
                 ways = [_way(carrier, load, machine.scratch) for carrier in carriers]
                 await go_in_turn(ways, budget, tell)
                 for carrier, way in zip(carriers[1:], ways[1:], strict=True):
-                    rows += carrier_rows(carrier, way, ways[0])
+                    rows += carrier_rows(way, ways[0], carrier.target if load.files == 1 else None)
                 await trio.to_thread.run_sync(shutil.rmtree, folder)
     return rows
 
@@ -107,7 +107,7 @@ def _way(carrier: Carrier, load: Load, scratch: Path) -> Way:
         Point(series=Series(f"{load.name} {direction} a guest, {carrier.name}"), what=f"through {carrier.name}")
         for direction in ("into", "out of")
     )
-    return Way(name=f"{load.name}, {carrier.name}", points=points, go=go, foreign=carrier.target is None)
+    return Way(name=f"{load.name}, {carrier.name}", points=points, go=go, foreign=carrier.foreign)
 
 
 async def _timed(work: Awaitable[object]) -> float:
@@ -116,7 +116,7 @@ async def _timed(work: Awaitable[object]) -> float:
     return trio.current_time() - began
 
 
-def carrier_rows(carrier: Carrier, ours: Way, base: Way) -> list[Row]:
+def carrier_rows(ours: Way, base: Way, target: float | None) -> list[Row]:
     """There and back, against the base."""
     return [
         Row(
@@ -124,7 +124,7 @@ def carrier_rows(carrier: Carrier, ours: Way, base: Way) -> list[Row]:
             compares=f"{point.what} : {reference.what}, the same guest",
             ours=point.series,
             base=reference.series,
-            target=carrier.target,
+            target=target,
             why_not=ours.why_not or base.why_not,
         )
         for point, reference in zip(ours.points, base.points, strict=True)

@@ -75,14 +75,15 @@ async def _go(way: Way) -> None:
 def way_rows(ways: Sequence[Way], base: Point, *, drawn: bool) -> list[Row]:
     """A row for each point but `base`, which they are compared with, and one for each limit."""
     rows = []
-    for way, point in ((way, point) for way in ways for point in way.points if point is not base):
+    points = [(point, way.why_not) for way in ways for point in way.points if point is not base]
+    for point, why_not in points:
         row = Row(
             name=point.series.name,
             compares=f"{point.what} : {base.what}",
             ours=point.series,
             base=base.series,
             target=point.target,
-            why_not=way.why_not,
+            why_not=why_not,
             drawn=drawn,
         )
         rows.append(row)

@@ -99,7 +99,17 @@ class World:
         return folder
 
     def qemus(self) -> list[int]:
-        """The QEMUs of this world."""
+        """The QEMUs of this world that work for somebody."""
+        found = self._all_qemus()
+        waiting = self.waiting()
+        return [pid for pid in found if pid not in waiting]
+
+    def waiting(self) -> list[int]:
+        """Those that wait in a pool, or are made for it: they come and go beside the builds."""
+        pools = list(self.instances.glob("warm-*"))
+        return [pid for pid in self._all_qemus() if any(has_open_below(pid, folder) for folder in pools)]
+
+    def _all_qemus(self) -> list[int]:
         return [pid for pid, command in _commands() if "qemu-system" in command and has_open_below(pid, self.root)]
 
     def daemons(self) -> list[int]:
@@ -116,7 +126,7 @@ class World:
         return found
 
     def assert_nothing_left(self) -> None:
-        """No QEMU, no directory of one, no file of a build under way."""
+        """No QEMU that works for somebody, no directory of one, no file of a build under way."""
         deadline = time.monotonic() + 15
         while (self.qemus() or self._leftovers()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -124,7 +134,8 @@ class World:
         assert not self._leftovers()
 
     def _leftovers(self) -> list[Path]:
-        return [*self.instances.glob("*"), *self.state.glob("builds/*/source*")]
+        used = [path for path in self.instances.glob("*") if not path.name.startswith("warm-")]
+        return [*used, *self.state.glob("builds/*/source*")]
 
     def stop_daemon(self) -> None:
         """End everything of this world, whatever a failed test has left."""
@@ -132,7 +143,7 @@ class World:
         deadline = time.monotonic() + 30
         while self.daemons() and time.monotonic() < deadline:
             time.sleep(0.1)
-        for pid in self.daemons() + self.qemus():
+        for pid in self.daemons() + self._all_qemus():
             os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:

@@ -159,7 +159,7 @@ def _guest(result: Mapping[str, Any]) -> str:
         case "clone":
             return f"a fresh clone, ready in {took}"
         case "warm":
-            return f"a fresh clone that was waiting, ready in {took}"
+            return "a fresh clone that was waiting"
         case "kept":
             return f"started in {took} and kept running" if took else "kept running"
     return f"booted for it in {took}" if result.get("own_vm") and took else "which was running"

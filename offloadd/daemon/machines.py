@@ -13,6 +13,7 @@ import trio
 from offloadd.daemon.guests import Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
+    AgentError,
     BootError,
     CancelledError,
     ConfigError,
@@ -196,7 +197,7 @@ class Machines:
                         await self._open_to_users(running, agent)
                         fresh = False
                     await self._be_ready(running, instance, agent)
-            except BootError:
+            except (AgentError, BootError):
                 # A guest that powers off loses its connection first: that end is no failed boot.
                 if not running.was_ready or not await _ends_soon(instance):
                     raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -78,6 +78,18 @@ class _Wanted:
     want: Want
     plan: VmPlan
 
+    def is_of(self, images: Collection[str], templates: Collection[str]) -> bool:
+        return self.plan.boot.digest in images or self.want.digest in templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Making:
+    """One that is made."""
+
+    wanted: _Wanted
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+
 
 class Pool:
     """All clones that wait.  Made by `open_pool` alone.
@@ -95,7 +107,7 @@ class Pool:
         self._waiting: dict[str, WaitingClone] = {}
         self._wanted: dict[str, _Wanted] = {}
         """By the machine's name."""
-        self._making = False
+        self._making: _Making | None = None
         self._failed: dict[str, float] = {}
         """Template -> when a clone of it has failed."""
         self._last_move = self._last_short = float("-inf")
@@ -122,9 +134,11 @@ class Pool:
 
     async def forget(self, *, images: Collection[str] = (), templates: Collection[str] = ()) -> None:
         """End those that wait and were made of one of these (digests), and make no more of them."""
-        for name, wanted in list(self._wanted.items()):
-            if wanted.plan.boot.digest in images or wanted.want.digest in templates:
-                del self._wanted[name]
+        self._wanted = {name: one for name, one in self._wanted.items() if not one.is_of(images, templates)}
+        making = self._making
+        if making and making.wanted.is_of(images, templates):
+            making.scope.cancel()
+            await making.ended.wait()
         ending = [clone for clone in self.waiting() if clone.image in images or clone.idle.digest in templates]
         self._give_up(clone.idle.name for clone in ending)
         for clone in ending:
@@ -204,8 +218,8 @@ class Pool:
         self._shop.templates.drop_idle(verdict.unload_s)
         wanted = self._wanted[verdict.make.machine] if verdict.make else None
         if wanted and self._shop.templates.is_ready(wanted.want.digest):
-            self._making = True
-            self._nursery.start_soon(self._own, wanted)
+            self._making = _Making(wanted=wanted)
+            self._nursery.start_soon(self._own, self._making)
         elif wanted:
             # Nobody waits for it: it is not worth a boot.
             del self._wanted[wanted.want.machine]
@@ -219,7 +233,7 @@ class Pool:
             wants=[wanted.want for wanted in self._wanted.values()],
             last_move=self._last_move,
             last_short=self._last_short,
-            making=self._making,
+            making=self._making is not None,
             failed=self._failed,
         )
 
@@ -228,29 +242,39 @@ class Pool:
             log.info("a waiting clone is given up", instance=name)
             self._waiting.pop(name).done_with.set()
 
-    async def _own(self, wanted: _Wanted) -> None:
+    async def _own(self, making: _Making) -> None:
         """One clone from its making to its end."""
+        machine, digest = making.wanted.want.machine, making.wanted.want.digest
         clone: WaitingClone | None = None
         try:
-            async with AsyncExitStack() as stack:
-                try:
-                    clone = await self._make(stack, wanted)
-                finally:
-                    self._making = False
-                self._waiting[clone.idle.name] = clone
-                log.info("a clone waits", machine=wanted.want.machine, instance=clone.idle.name)
-                died = await clone.wait_over()
-                if died and not clone.taken.is_set():
-                    raise MachineLostError(died, subject=clone.idle.name)
-                await clone.done_with.wait()
+            with making.scope:
+                async with AsyncExitStack() as stack:
+                    clone = await self._make(stack, making.wanted)
+                    self._making = None
+                    await self._wait_out(clone)
         except (OffloadError, OSError) as exc:
             if clone is None or not clone.taken.is_set():
-                self._failed[wanted.want.digest] = trio.current_time()
-            log.warning("a waiting clone has failed", machine=wanted.want.machine, why=str(exc))
+                self._failed[digest] = trio.current_time()
+            log.warning("a waiting clone has failed", machine=machine, why=str(exc))
         finally:
-            if clone is not None:
-                self._waiting.pop(clone.idle.name, None)
+            if clone is None:
+                self._making = None
+            else:
                 clone.ended.set()
+            making.ended.set()
+
+    async def _wait_out(self, clone: WaitingClone) -> None:
+        """Until nobody needs it any more; `MachineLostError` when it dies before anybody has taken it."""
+        name = clone.idle.name
+        self._waiting[name] = clone
+        try:
+            log.info("a clone waits", machine=clone.idle.machine, instance=name)
+            died = await clone.wait_over()
+        finally:
+            self._waiting.pop(name, None)
+        if died and not clone.taken.is_set():
+            raise MachineLostError(died, subject=name)
+        await clone.done_with.wait()
 
     async def _make(self, stack: AsyncExitStack, wanted: _Wanted) -> WaitingClone:
         """A clone that is paused, and has run what every build runs: the emulator has translated that."""

@@ -61,14 +61,18 @@ def read_template(directory: Path) -> Template:
             facts=dict(data["facts"]),
             made=data["made"],
             directory=directory,
-            files={name: dict(data["files"][name]) for name in (RAM, STATE, DISK)},
+            files={name: _file_facts(data["files"][name]) for name in (RAM, STATE, DISK)},
             used=(directory / MANIFEST).stat().st_mtime,
         )
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise ImageError(f"its manifest cannot be read: {exc}", subject=f"template {directory.name[:12]}") from exc
     if found.digest != directory.name:
         raise ImageError("its manifest is another one's", subject=f"template {directory.name[:12]}")
     return found
+
+
+def _file_facts(file: Any) -> dict[str, Any]:
+    return {"size": int(file["size"]), "sparse_sha256": str(file["sparse_sha256"])}
 
 
 def load_template(template: Template) -> SavedGuest:

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from offloadd.vm.home import Home
 from offloadd.vm.launch import Memory, launch
 from offloadd.vm.memory import SavedGuest
 from offloadd.vm.outcome import Outcome, judge
+from offloadd.vm.pinning import pin
 from offloadd.vm.ports import check_ports_free, parse_usernet
 from offloadd.vm.process import QemuProcess, find_process
 from offloadd.vm.qmp import Qmp, open_qmp
@@ -117,7 +117,7 @@ class Instance:
         Raises:
             HostError, MachineLostError.
         """
-        await _pin(self._qmp, cores, self.name)
+        await pin(self._qmp, cores)
         self._note(cores=tuple(cores))
 
     async def hand_over(self, plan: VmPlan, purpose: Purpose, logs: Path) -> None:
@@ -152,11 +152,13 @@ class Instance:
         await self._leave_memory_out()
         await self._qmp.give(state, "state")
         await self._qmp.execute("migrate", uri="fd:state")
-        with trio.fail_after(CONTACT_S):
+        with trio.move_on_after(CONTACT_S):
             while (status := await self._qmp.execute("query-migrate")).get("status") not in ("completed", "failed"):  # noqa: ASYNC110
                 await trio.sleep(0.005)
-        if status["status"] == "failed":
+            if status["status"] == "completed":
+                return
             raise MachineLostError(f"QEMU cannot save it: {status.get('error-desc', 'no reason')}", subject=self.name)
+        raise MachineLostError(f"QEMU did not save it within {CONTACT_S:.0f} s", subject=self.name)
 
     async def _go_on(self, saved: SavedGuest) -> None:
         """Take over what another instance has saved."""
@@ -378,7 +380,7 @@ async def _settle(
     plan: VmPlan, files: InstanceFiles, process: QemuProcess, qmp: Qmp, cores: Sequence[int], purpose: Purpose
 ) -> InstanceRecord:
     """Pin the paused VM's threads and note what QEMU has made of the plan."""
-    await _pin(qmp, cores, plan.instance)
+    await pin(qmp, cores)
     assert process.started is not None
     return InstanceRecord(
         plan=plan,
@@ -391,15 +393,6 @@ async def _settle(
         clock_offset=plan.date.timestamp() - time.monotonic(),
         began=time.time(),
     )
-
-
-async def _pin(qmp: Qmp, cores: Sequence[int], instance: str) -> None:
-    # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
-    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
-        try:
-            os.sched_setaffinity(cpu["thread-id"], {core})
-        except OSError as exc:
-            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=instance) from exc
 
 
 def missing_features(stderr: str) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
-"""The host cores that are given out to machines."""
+"""The host cores that are given out to machines, and the virtual CPUs that sit on them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 
+from offloadd.errors import HostError
 from offloadd.plan.cores import choose_cores
+from offloadd.vm.qmp import Qmp
 
 
 class Cores:
@@ -31,3 +34,18 @@ class Cores:
             yield
         finally:
             self._taken = [taken for taken in self._taken if taken is not mine]
+
+
+async def pin(qmp: Qmp, cores: Sequence[int]) -> None:
+    """Put each virtual CPU on its core.
+
+    Raises:
+        HostError: the kernel does not let us.
+        MachineLostError: QEMU went away.
+    """
+    # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
+    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
+        try:
+            os.sched_setaffinity(cpu["thread-id"], {core})
+        except OSError as exc:
+            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=qmp.instance) from exc

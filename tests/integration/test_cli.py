@@ -376,6 +376,65 @@ def test_start_of_a_machine(daemon: StubDaemon) -> None:
     assert "offload: vm: panicked" in daemon.run("vm", "start", "vm", status=75)[1]
 
 
+TEMPLATE: dict[str, Any] = {
+    "digest": "0123456789abcdef" * 4,
+    "machine": "vm",
+    "image": "debian",
+    "cpu": "IvyBridge",
+    "memory_mib": 2048,
+    "qemu_version": "7.2.22",
+    "accelerator": "tcg",
+    "made": "2026-11-01T00:00:00Z",
+    "size_on_disk": 150 << 20,
+    "in_memory": True,
+    "stale": "",
+}
+
+
+def test_templates(daemon: StubDaemon) -> None:
+    daemon.answers["GET /v1/templates"] = [TEMPLATE]
+    out, _ = daemon.run("template", "list")
+    assert "0123456789ab  vm       debian  IvyBridge" in out
+    assert out.rstrip().endswith("in memory")
+    assert json.loads(daemon.run("template", "list", "--json")[0]) == [TEMPLATE]
+    daemon.answers["GET /v1/templates"] = []
+    assert "No templates yet" in daemon.run("template", "list")[0]
+    daemon.answers["DELETE /v1/templates/0123"] = TEMPLATE
+    assert "removed 0123456789ab: vm on IvyBridge with 2.0 GiB" in daemon.run("template", "rm", "0123")[1]
+    daemon.answers["POST /v1/templates/gc"] = ["a" * 64]
+    assert "removed 1 template\n" in daemon.run("template", "gc")[1]
+    daemon.answers["POST /v1/images/gc"] = {"images": [], "environments": ["e"], "templates": ["t", "u"]}
+    assert "removed 0 images, 1 environment and 2 templates\n" in daemon.run("image", "gc")[1]
+    daemon.asked.clear()
+    for wrong in ("", "../status", "0123?x"):
+        daemon.run("template", "rm", wrong, status=5)
+    assert daemon.asked == []
+
+
+def test_a_template_that_is_made(daemon: StubDaemon) -> None:
+    phase = {"event": "phase", "text": "saving it", "fraction": None}
+    daemon.answers["POST /v1/templates/build?rebuild=true"] = [phase, {"event": "done", **TEMPLATE}]
+    out, err = daemon.run("template", "build", "vm", "--date", "2012-06-01", "--cpu", "IvyBridge", "--rebuild")
+    assert out == ""
+    assert "==> saving it\n" in err
+    assert "template 0123456789ab is ready: vm on IvyBridge with 2.0 GiB, 150.0 MiB, after" in err
+    assert daemon.bodies == [{"machine": "vm", "date": "2012-06-01T00:00:00Z", "cpu": "IvyBridge"}]
+    error = BootError("panicked", subject="vm")
+    daemon.answers["POST /v1/templates/build"] = [phase, {"event": "error", **error.to_json()}]
+    assert "offload: vm: panicked" in daemon.run("template", "build", "vm", status=75)[1]
+    daemon.asked.clear()
+    assert "--date" in daemon.run("template", "build", "vm", "--date", "never", status=2)[1]
+    assert daemon.asked == []
+
+
+def test_a_machine_that_is_kept(daemon: StubDaemon) -> None:
+    daemon.answers["POST /v1/route"] = decision("x86_64-linux", "vm")
+    daemon.run("build", "--keep-machine", "p", "--", "make")
+    daemon.run("build", "p", "--", "make")
+    daemon.run("route", "amd64", "--keep-machine")
+    assert [body["keep-machine"] for body in daemon.bodies] == [True, False, True]
+
+
 def test_a_machine_that_does_not_run(daemon: StubDaemon) -> None:
     daemon.answers["GET /v1/machines/vm"] = {"name": "vm", "instance": None, "logs": "/nonexistent", "console_log": None}
     for command in (("ssh", "vm"), ("exec", "vm", "--", "true"), ("console", "vm")):
@@ -387,6 +446,7 @@ def test_a_machine_that_does_not_run(daemon: StubDaemon) -> None:
 COMMANDS = [
     *(["build"], ["builds"], ["log"], ["cancel"], ["doctor"], ["env", "list"], ["daemon", "status"], ["daemon", "stop"]),
     *(["image", name] for name in ("list", "build", "show", "rm", "gc")),
+    *(["template", name] for name in ("list", "build", "rm", "gc")),
     *(["vm", name] for name in ("list", "start", "stop", "show", "configuration", "console", "ssh", "exec", "logs")),
 ]
 
@@ -413,6 +473,9 @@ def test_completion(daemon: StubDaemon) -> None:
     assert _complete(daemon, "offload build -s aa") == ["aarch64-linux"]
     daemon.answers["GET /v1/builds"] = [{"build": BUILD, "name": "p", "version": "0", "state": "failed"}]
     assert _complete(daemon, "offload log 0") == [BUILD]
+    daemon.answers["GET /v1/templates"] = [TEMPLATE]
+    assert _complete(daemon, "offload template rm 01") == ["0123456789ab"]
+    assert _complete(daemon, "offload template build b") == ["build-vm"]
 
 
 def test_completion_and_status_start_no_daemon(daemon: StubDaemon) -> None:

@@ -9,9 +9,7 @@ import pytest
 from offloadd.daemon.host_memory import HostMemory, read_host_memory
 
 MEMINFO = "MemTotal:       16315272 kB\nMemFree:          218396 kB\nMemAvailable:    9437184 kB\nHugePages_Total:       0\n"
-PRESSURE = (
-    "some avg10=12.34 avg60=0.10 avg300=0.02 total=17254\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=9023\n"
-)
+PRESSURE = "some avg10=12.34 avg60=0.10 avg300=0.02 total=17254\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=9023\n"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real QEMUs without a system in them: their kernels are a few instructions of ours."""
+"""A running QEMU from its start to its end: see `bare_qemu`."""
 
 from __future__ import annotations
 
@@ -10,142 +10,29 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 from pydantic import TypeAdapter
 
-from offloadd.bridge import Bridge, open_bridge
 from offloadd.errors import BootError, HostError, MachineLostError, PortTakenError, SshError
 from offloadd.model.state import MachineState
-from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan
-from offloadd.vm.drives import Drives
-from offloadd.vm.instance import Instance, adopt_instance, open_instance, while_running
+from offloadd.plan.machine import VmPlan
+from offloadd.vm.instance import while_running
 from offloadd.vm.process import find_process, start_ticks
 from offloadd.vm.qemu import find_qemu
 from offloadd.vm.qmp import open_qmp
 from offloadd.vm.record import read_record
 
-from ..conftest import has_open_below
+from .bare_qemu import HALT, POWER_OFF, RESET, Bench, descriptors, say, wait_for_console
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86 is not installed")
-
-# 16-bit code.  Say what is said on the serial port, then halt for ever / power off (PIIX4's PM1a control) / reset (keyboard).
-HALT = b"\xfa\xf4\xeb\xfd"
-POWER_OFF = b"\xba\x04\x06\xb8\x00\x20\xef" + HALT
-RESET = b"\xb0\xfe\xe6\x64" + HALT
-
-
-def say(text: bytes) -> bytes:
-    return b"\xba\xf8\x03" + b"".join(b"\xb0%c\xee" % byte for byte in text)
-
-
-def kernel(code: bytes) -> bytes:
-    """The real-mode part of a Linux kernel (Linux: Documentation/arch/x86/boot.rst) with other code."""
-    image = bytearray(8192)
-    image[0x1F1] = 4  # sectors of set-up code
-    image[0x1FE:0x200] = b"\x55\xaa"
-    image[0x200:0x202] = b"\xeb\x66"  # jump over the header
-    image[0x202:0x206] = b"HdrS"
-    image[0x206:0x208] = b"\x0c\x02"  # protocol 2.12
-    image[0x211] = 1  # loaded high
-    image[0x22C:0x230] = b"\xff\xff\xff\x37"  # where the initramfs may end
-    image[0x268 : 0x268 + len(code)] = code
-    return bytes(image)
-
-
-class Bench:
-    """Plans and directories for one test."""
-
-    def __init__(self, root: Path, bridge: Bridge, facts: QemuFacts) -> None:
-        self.root = root
-        self.bridge = bridge
-        self.instances = root / "instances"
-        self.logs = root / "logs"
-        self._facts = facts
-        (root / "initramfs").write_bytes(bytes(512))
-        with (root / "root.ext4").open("wb") as disk:
-            disk.truncate(1 << 20)
-
-    def plan(self, code: bytes = HALT, name: str = "m") -> VmPlan:
-        path = self.root / f"{name}-vmlinuz"
-        path.write_bytes(kernel(code))
-        boot = BootFiles(image="i", digest="d", kernel=path, initramfs=self.root / "initramfs", disk=self.root / "root.ext4")
-        return VmPlan(
-            machine=name,
-            instance=name,
-            system="x86_64-linux",
-            qemu=self._facts,
-            boot=boot,
-            cpu="qemu64",
-            cpu_count=2,
-            memory_mib=128,
-            date=datetime(2020, 1, 1, tzinfo=UTC),
-            forwards=((0, 22), (0, 80)),
-            network=False,
-            disk_slots=3,
-            boot_timeout_s=60.0,
-            options=(),
-        )
-
-    def open(self, plan: VmPlan, cores: tuple[int, ...] = (0, 0)) -> AbstractAsyncContextManager[Instance]:
-        return open_instance(plan, instances=self.instances, logs=self.logs, bridge=self.bridge, cores=cores, purpose="machine")
-
-    def adopt(self, name: str = "m") -> AbstractAsyncContextManager[Instance | None]:
-        return adopt_instance(self.instances / name, logs=self.logs, bridge=self.bridge)
-
-    def qemus(self) -> list[int]:
-        """Our QEMUs, zombies too."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
-                command = (path.parent / "cmdline").read_bytes()
-            except OSError:
-                continue
-            zombie = parent == os.getpid() and path.read_text().split()[1].startswith("(qemu-system")
-            pid = int(path.parent.name)
-            if zombie or (b"qemu-system" in command.split(b"\0")[0] and has_open_below(pid, self.root)):
-                found.append(pid)
-        return found
-
-    def assert_nothing_left(self) -> None:
-        assert self.qemus() == []
-        assert not list(self.instances.glob("*"))
-
-
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """A directory whose path leaves room for sockets."""
-    root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))
-    yield root
-    shutil.rmtree(root)
-
-
-@pytest.fixture
-async def bench(short: Path) -> AsyncIterator[Bench]:
-    binary = await find_qemu("qemu-system-x86_64")
-    facts = QemuFacts(binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator="tcg")
-    async with open_bridge() as bridge:
-        made = Bench(short, bridge, facts)
-        yield made
-        for pid in made.qemus():
-            os.kill(pid, signal.SIGKILL)
-
-
-async def wait_for_console(instance: Instance, text: str) -> None:
-    with trio.fail_after(60):
-        while text not in instance.console_tail():
-            await trio.sleep(0.05)
 
 
 async def test_the_facts_of_a_real_qemu() -> None:
@@ -525,210 +412,6 @@ async def test_a_path_that_is_too_long_for_a_socket(bench: Bench) -> None:
     bench.assert_nothing_left()
 
 
-@pytest.fixture
-def disk(bench: Bench) -> Path:
-    """A file of a page that nobody else may read."""
-    path = bench.root / "env.squashfs"
-    path.write_bytes(bytes(4096))
-    path.chmod(0o600)
-    return path
-
-
-@pytest.fixture
-def scratch(bench: Bench) -> Path:
-    path = bench.root / "scratch"
-    path.write_bytes(bytes(8192))
-    return path
-
-
-async def inside(instance: Instance) -> dict[str, int]:
-    """What is in its drives: the size of each, 1 TiB for one without a disk."""
-    blocks = await instance._qmp.execute("query-block")
-    found = {block["qdev"].split("/")[3]: block["inserted"] for block in blocks if "/slot" in block.get("qdev", "")}
-    assert {name: one["ro"] for name, one in found.items()} == {name: int(name[4:]) % 3 != 2 for name in found}
-    return {name: one["image"]["virtual-size"] for name, one in found.items()}
-
-
-async def nodes(instance: Instance) -> set[str]:
-    """QEMU's names of all disks."""
-    return {block["node-name"] for block in await instance._qmp.execute("query-named-block-nodes")}
-
-
-NONE = 1 << 40
-
-
-async def test_a_disk_is_put_into_a_drive(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
-        assert await inside(instance) == {"slot0": NONE, "slot1": NONE, "slot2": NONE}
-        assert await instance.attach_disk(disk) == "slot0"
-        assert await inside(instance) == {"slot0": 4096, "slot1": NONE, "slot2": NONE}
-        assert await instance.attach_disk(disk) == "slot1"
-        assert await instance.attach_disk(scratch, writable=True) == "slot2"
-        assert await inside(instance) == {"slot0": 4096, "slot1": 4096, "slot2": 8192}
-        # Its own copies alone: what was needed to hand them over is closed.
-        held = descriptors(instance.record.pid)
-        assert (held.count(str(disk)), held.count(str(scratch))) == (2, 1)
-        assert str(disk) not in descriptors(os.getpid())
-
-
-@pytest.mark.parametrize("writable", [False, True])
-async def test_no_drive_is_free(bench: Bench, disk: Path, scratch: Path, writable: bool) -> None:
-    async with bench.open(bench.plan()) as instance:
-        for _ in range(1 if writable else 2):
-            await instance.attach_disk(disk, writable=writable)
-        before = await inside(instance), await nodes(instance), descriptors(instance.record.pid)
-        with pytest.raises(MachineLostError, match="all of its drives are taken") as caught:
-            await instance.attach_disk(disk, writable=writable)
-        assert caught.value.subject == "m"
-        assert (await inside(instance), await nodes(instance), descriptors(instance.record.pid)) == before
-        # The other kind is not touched by that.
-        await instance.attach_disk(scratch, writable=not writable)
-
-
-async def test_a_file_that_is_gone_takes_no_drive(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
-        for writable in (False, True):
-            for _ in range(3):
-                with pytest.raises(HostError, match=r"cannot open .*nothing: No such file") as caught:
-                    await instance.attach_disk(bench.root / "nothing", writable=writable)
-                assert caught.value.subject == "m"
-        assert [await instance.attach_disk(disk), await instance.attach_disk(disk)] == ["slot0", "slot1"]
-        assert await instance.attach_disk(scratch, writable=True) == "slot2"
-
-
-async def test_a_disk_is_taken_out_and_put_in_again(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
-        counts = []
-        empty = await nodes(instance)
-        for _ in range(3):
-            assert await instance.attach_disk(disk) == "slot0"
-            assert await instance.attach_disk(scratch, writable=True) == "slot2"
-            await instance.detach_disk("slot2")
-            assert await inside(instance) == {"slot0": 4096, "slot1": NONE, "slot2": NONE}
-            await instance.detach_disk("slot0")
-            counts.append(len(descriptors(instance.record.pid)))
-            assert await nodes(instance) == empty
-        assert len(set(counts)) == 1
-        assert str(disk) not in descriptors(instance.record.pid)
-        assert await inside(instance) == {"slot0": NONE, "slot1": NONE, "slot2": NONE}
-
-
-async def test_disks_that_are_put_in_at_once_are_not_mistaken_for_each_other(bench: Bench) -> None:
-    """QEMU takes descriptors one after the other."""
-    found: dict[str, int] = {}
-
-    async def attach(path: Path) -> None:
-        slot = await instance.attach_disk(path)
-        assert slot not in found
-        found[slot] = path.stat().st_size
-
-    async with bench.open(replace(bench.plan(), disk_slots=12)) as instance:
-        paths = [bench.root / f"env-{number}" for number in range(8)]
-        for number, path in enumerate(paths):
-            path.write_bytes(bytes(512 * (number + 1)))
-        async with trio.open_nursery() as nursery:
-            for path in paths:
-                nursery.start_soon(attach, path)
-        assert {name: size for name, size in (await inside(instance)).items() if size != NONE} == found
-        assert sorted(found.values()) == [512 * (number + 1) for number in range(8)]
-        held = descriptors(instance.record.pid)
-        assert all(held.count(str(path)) == 1 for path in paths)
-
-
-async def test_a_disk_whose_name_is_removed_stays(bench: Bench, disk: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
-        await instance.attach_disk(disk)
-        disk.unlink()
-        assert (await inside(instance))["slot0"] == 4096
-        await instance.detach_disk("slot0")
-
-
-async def held_by(instance: Instance) -> tuple[dict[str, int], set[str], list[str]]:
-    """All that a disk that was not put in may have left in QEMU."""
-    return await inside(instance), await nodes(instance), sorted(descriptors(instance.record.pid))
-
-
-async def test_a_file_that_qemu_does_not_take_leaves_nothing_there(bench: Bench, disk: Path) -> None:
-    async with bench.open(replace(bench.plan(), disk_slots=6)) as instance:
-        before = await held_by(instance)
-        for _ in range(5):
-            with pytest.raises(MachineLostError, match="QEMU refused blockdev-add"):
-                await instance.attach_disk(bench.root)
-        assert await held_by(instance) == before
-        # No drive is lost with it: all that there were are there.
-        assert [await instance.attach_disk(disk) for _ in range(4)] == ["slot0", "slot1", "slot3", "slot4"]
-
-
-async def test_a_disk_that_the_drive_does_not_take_leaves_nothing_in_qemu(bench: Bench, disk: Path, scratch: Path) -> None:
-    """QEMU locks what it writes to, and notices that when it puts it in (file-posix, `locking`)."""
-    async with bench.open(bench.plan()) as instance:
-        await instance.attach_disk(disk)
-        before = await held_by(instance)
-        for _ in range(5):
-            with pytest.raises(MachineLostError, match='QEMU refused qom-set: Failed to get "write" lock'):
-                await instance.attach_disk(disk, writable=True)
-        assert await held_by(instance) == before
-        assert await instance.attach_disk(scratch, writable=True) == "slot2"
-        assert instance.outcome is None
-
-
-@pytest.mark.parametrize("step", ["_add", "_show"])
-async def test_a_drive_is_free_again_when_whoever_wanted_it_was_cancelled(
-    bench: Bench, disk: Path, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with bench.open(bench.plan()) as instance:
-        before = await held_by(instance)
-        done = getattr(Drives, step)
-        for moment in ("before", "after"):
-            scope = trio.CancelScope()
-
-            async def cancelled(
-                self: Drives, *given: Any, moment: str = moment, scope: trio.CancelScope = scope, **more: Any
-            ) -> None:
-                if scope.cancel_called:
-                    await done(self, *given, **more)
-                    return
-                if moment == "after":
-                    await done(self, *given, **more)
-                scope.cancel()
-                await trio.lowlevel.checkpoint()
-
-            with monkeypatch.context() as patch, scope:
-                patch.setattr(Drives, step, cancelled)
-                await instance.attach_disk(disk)
-            assert scope.cancelled_caught
-            assert await held_by(instance) == before
-        assert [await instance.attach_disk(disk), await instance.attach_disk(disk)] == ["slot0", "slot1"]
-
-
-async def test_a_disk_for_a_machine_that_is_gone(bench: Bench, disk: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
-        await instance.attach_disk(disk)
-        os.kill(instance.record.pid, signal.SIGKILL)
-        with trio.fail_after(10):
-            await instance.wait_ended()
-        with pytest.raises(MachineLostError):
-            await instance.attach_disk(disk)
-        with pytest.raises(MachineLostError):
-            await instance.detach_disk("slot0")
-    assert str(disk) not in descriptors(os.getpid())
-
-
-# Read the first sector of the second disk through the BIOS (int 0x13, function 0x42) and say its first byte, for ever.
-_READ = b"\xbe\x88\x02\xb8\x00\x42\xb2\x81\xcd\x13\x31\xc0\x8e\xc0\x26\xa0\x00\x7c\xba\xf8\x03\xee\xeb\xe8"
-
-
-async def test_the_guest_reads_what_is_in_the_drive(bench: Bench, disk: Path) -> None:
-    code = _READ + bytes(0x20 - len(_READ)) + b"\x10\x00\x01\x00\x00\x7c\x00\x00" + bytes(8)
-    async with bench.open(bench.plan(code)) as instance:
-        with trio.fail_after(60):
-            for letter in b"abc":
-                disk.write_bytes(bytes([letter]) * 4096)
-                slot = await instance.attach_disk(disk)
-                await wait_for_console(instance, chr(letter))
-                await instance.detach_disk(slot)
-
-
 async def test_no_descriptor_is_left_behind(bench: Bench) -> None:
     async def open_and_close() -> None:
         async with bench.open(bench.plan()) as instance:
@@ -748,15 +431,6 @@ async def test_no_descriptor_is_left_behind(bench: Bench) -> None:
     for _ in range(5):
         await open_and_close()
     assert sorted(descriptors(os.getpid())) == sorted(before)
-
-
-def descriptors(pid: int) -> list[str]:
-    """What a process has open; sockets and pipes by their kind alone."""
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # the one that reads the folder
-            found.append(str(link.readlink()).split(":[")[0])
-    return found
 
 
 async def test_a_console_log_has_an_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

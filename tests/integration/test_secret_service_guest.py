@@ -271,7 +271,7 @@ def test_a_peer_that_stalls_is_dropped(start: Callable[..., Service], guest: Pat
     with service.connect() as peer:
         peer.sendall(sent)
         assert service.process.stderr is not None
-        assert service.process.stderr.readline() == "secret-service: refused: timed out\n"
+        assert service.process.stderr.readline() == "secret-service: refused: the peer is silent for too long\n"
         assert listing(guest) == before
         assert service.process.poll() is None
 

@@ -23,17 +23,10 @@ import pytest
 import trio
 
 from offloadd.bridge import Bridge, open_bridge
-from offloadd.builder import run
-from offloadd.builder.outputs import open_outputs_receiver
-from offloadd.builder.run import Job, Report
-from offloadd.errors import OffloadError, SshError
+from offloadd.errors import SshError
 from offloadd.guest import ssh
-from offloadd.guest.frames import encode
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest, open_ssh
-from offloadd.place import vm
-
-from ..unit.fake_guest import FakeGuest
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
@@ -329,58 +322,3 @@ async def test_a_guest_that_never_starts_the_program(bridge: Bridge, monkeypatch
     with trio.fail_after(10), pytest.raises(SshError, match="started no program"):
         async with guest.open_process("true"):
             pass
-
-
-STARTED = encode(b"E", b'{"event": "started", "clock": 5.0, "cpu": "c"}')
-FAILED = encode(b"E", b'{"event": "exit", "status": 2, "step": 1, "clock": 6.0}')
-
-
-class Quiet:
-    """A listener that only counts."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def started(self, report: Report) -> None: ...
-    def step(self, index: int, count: int, command: str) -> None: ...
-    def collecting(self) -> None: ...
-
-    def log(self, text: str) -> None:
-        self.text += text
-
-
-@pytest.mark.parametrize(
-    ("script", "errors"),
-    [
-        (STARTED + encode(b"L", b"compiling\n") + FAILED + encode(b"D"), b""),
-        (STARTED + encode(b"L", b"half a build"), b"sudo: oh\n"),
-        (b"", b"sudo: a password is required\n"),
-        (b"garbage", b""),
-        (encode(b"E", b'{"event": "error", "what": "no disk"}'), b""),
-    ],
-)
-async def test_the_fake_guest_of_other_tests_is_as_a_real_one(
-    server: Server, bridge: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: bytes, errors: bytes
-) -> None:
-    """`run_build` comes to the same end with `FakeGuest` and with a program behind a real sshd that says the same."""
-    source = tmp_path / "source.tar"
-    source.write_bytes(b"x" * 200_000)
-    (tmp_path / "script").write_bytes(script)
-    (tmp_path / "errors").write_bytes(errors)
-    monkeypatch.setattr(vm, "COMMAND", f"cat {tmp_path}/script; cat {tmp_path}/errors >&2")
-    job = Job(
-        build="b", name="r-1", steps=("make",), env={}, outputs=(), source=source, environment="env-b", set_clock=None,
-        expected_clock=lambda: 5.0, timeout_s=60.0, max_silent_s=60.0, keep_failed=False,
-    )  # fmt: skip
-
-    async def result(name: str, service: run.BuildService) -> tuple[object, ...]:
-        listener = Quiet()
-        with open_outputs_receiver(tmp_path / name) as outputs, trio.fail_after(20):
-            try:
-                report = await run.run_build(service, job, outputs, listener)
-            except OffloadError as exc:
-                return type(exc), exc.what, exc.detail, listener.text
-            return report.exit_status, report.failed_step, listener.text
-
-    async with open_ssh(bridge, server.port, server.secrets) as real:
-        assert await result("fake", FakeGuest(script, b"", errors=errors)) == await result("real", vm.GuestService(real))

@@ -221,7 +221,7 @@ def test_summary_of_a_success() -> None:
     [
         ({"guest": "boot", "boot_s": 3.1}, "booted for it in 3.1s"),
         ({"guest": "clone", "boot_s": 0.234}, "a fresh clone, ready in 0.2s"),
-        ({"guest": "warm", "boot_s": 0.05}, "a fresh clone that was waiting, ready in 0.1s"),
+        ({"guest": "warm", "boot_s": 0.05}, "a fresh clone that was waiting"),
         ({"guest": "kept", "boot_s": 0.0, "own_vm": False}, "kept running"),
         ({"guest": "kept", "boot_s": 1.2, "own_vm": False}, "started in 1.2s and kept running"),
         ({"boot_s": 9.3}, "booted for it in 9.3s"),

@@ -67,7 +67,7 @@ def test_a_template_that_has_failed_is_left_alone_for_a_while() -> None:
 def test_what_nobody_wants_any_more_is_given_up_at_once() -> None:
     # Builds of another date want another CPU, and so another template.
     verdict = judge(wants=[want(digest="new")], idle=[idle("a", digest="old"), idle("b", digest="old")])
-    assert list(verdict.give_up) == ["a", "b"]
+    assert sorted(verdict.give_up) == ["a", "b"]
     assert verdict.make is not None
     # Another machine may want the same template.
     assert list(judge(wants=[want("m")], idle=[idle("a", "other")]).give_up) == ["a"]

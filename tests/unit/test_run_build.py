@@ -1,6 +1,6 @@
 """The host's end of a build, against a guest that may be hostile.
 
-The guest is a fake that says what each test wants; tests/integration/test_ssh.py holds it against a real sshd.
+The guest is a fake that says what each test wants; tests/integration/test_agent.py holds it against a real agent.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 import os
 import socket
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import trio.testing
@@ -21,19 +18,9 @@ from offloadd.guest.secret_service import (
     receive_hello,
     send_secrets,
 )
+from tests.guest_modules import load_guest_module
 
-
-def load_guest_program() -> ModuleType:
-    path = Path(__file__).parents[2] / "images/guest/secret-service"
-    spec = spec_from_loader("guest_secret_service", SourceFileLoader("guest_secret_service", str(path)))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-guest_program = load_guest_program()
+guest_program = load_guest_module("guest_agent.secrets")
 
 parts = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1).filter(
     lambda part: part not in (".", "..")

@@ -74,7 +74,7 @@ def test_who_has_a_template(qemu: Path) -> None:
     assert not has_template(machine(), "another", qemu, [made])
     assert not has_template(machine(), "", qemu, [{**made, "image_digest": ""}])
     assert not has_template(machine(template=False), "abc", qemu, [made])
-    assert not has_template(machine(**{"memory-size": 1024}), "abc", qemu, [made])
+    assert not has_template(machine("m", **{"cpu-count": 1}), "abc", qemu, [made])
     assert not has_template(machine(), "abc", qemu, [{**made, "disk_slots": 6}])
     assert not has_template(machine(), "abc", qemu.with_name("gone"), [made])
     qemu.write_text("a newer binary")

@@ -14,6 +14,8 @@ import pytest
 
 from tests.conftest import World
 
+SMALL = "cpu-count: 2\nmemory-size: 512\n"
+
 
 def wait_for(condition: Callable[[], object], limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
@@ -43,15 +45,30 @@ def test_command_on_the_command_line(world: World, tmp_path: Path) -> None:
     assert done.stdout == "hello from the host\n2015-05-05\n"
 
 
-@pytest.mark.parametrize("date", ["1970-01-01", "1985-06-01", "2038-06-01", "2069-12-31"])
+ENDS_OF_THE_CLOCK = ["1970-01-01", "1985-06-01", "2038-06-01", "2069-12-31"]
+
+
+@pytest.mark.parametrize("date", ENDS_OF_THE_CLOCK)
 def test_dates_at_the_ends_of_the_clock(world: World, tmp_path: Path, date: str) -> None:
     recipe = world.recipe(f"at-{date}", "steps: ['date +%F']\n")
 
     assert world.run("build", "--date", date, "-o", tmp_path / "out", recipe).stdout == f"{date}\n"
     record = json.loads((tmp_path / "out/build.json").read_text())
+    assert record["guest"] in ("clone", "warm")
+
+
+@pytest.mark.parametrize("date", ENDS_OF_THE_CLOCK)
+def test_a_boot_at_the_ends_of_the_clock(world: World, tmp_path: Path, date: str) -> None:
+    world.machine("booted", SMALL + "template: false\n")
+    recipe = world.recipe(f"booted-at-{date}", "steps: ['date +%F']\n")
+
+    done = world.run("build", "--machine", "booted", "--date", date, "-o", tmp_path / "out", recipe)
+    assert done.stdout == f"{date}\n"
+    record = json.loads((tmp_path / "out/build.json").read_text())
+    assert record["guest"] == "boot"
     # The machine itself came up at that date too.
     console = (world.state / "builds" / record["build"] / "console.log").read_text()
-    assert f"offload-init: {date}T00:00:0" in console
+    assert f"offload-init: {date}T00:0" in console
 
 
 def test_sandbox_of_a_build(world: World, tmp_path: Path) -> None:
@@ -116,11 +133,11 @@ def test_interrupted_build_leaves_nothing(world: World, tmp_path: Path) -> None:
 
 
 def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_path: Path) -> None:
-    world.machine("shared", "cpu-count: 2\nmemory-size: 512\nport-forwardings: {12422: 22, 12444: 1004}\n")
+    world.machine("shared", "cpu-count: 2\nmemory-size: 512\nport-forwardings: {12422: 22}\n")
     world.run("vm", "start", "shared")
     try:
         recipe = world.recipe("cancelled", "steps: ['sleep 12345 & sleep 600']\n")
-        process = world.start("build", "--machine", "shared", "-o", tmp_path / "out", recipe)
+        process = world.start("build", "--machine", "shared", "--keep-machine", "-o", tmp_path / "out", recipe)
         wait_until_building(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
@@ -131,7 +148,9 @@ def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_
 
         wait_for(lambda: "12345" not in processes(), 30)
         # The machine takes the next build as if nothing had been.
-        world.run("build", "--machine", "shared", "-o", tmp_path / "next", world.recipe("next", "steps: ['true']\n"))
+        following = world.recipe("next", "steps: ['true']\n")
+        world.run("build", "--machine", "shared", "--keep-machine", "-o", tmp_path / "next", following)
+        assert json.loads((tmp_path / "next/build.json").read_text())["guest"] == "kept"
         # Nobody but root may look into it, but its links tell how many directories are in there.
         count = ("vm", "exec", "shared", "--", "stat", "-c", "%h", "/var/lib/offload/builds")
         wait_for(lambda: world.run(*count).stdout.strip() == "2", 30)
@@ -139,9 +158,11 @@ def test_build_cancelled_on_a_running_machine_leaves_it_clean(world: World, tmp_
         world.run("vm", "stop", "shared")
 
 
-def test_machine_killed_in_mid_build(world: World, tmp_path: Path) -> None:
-    recipe = world.recipe("bereft", "steps: ['sleep 600']\n")
-    process = world.start("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
+@pytest.mark.parametrize(("template", "last_words"), [("true", ""), ("false", "offload-init: ready")])
+def test_machine_killed_in_mid_build(world: World, tmp_path: Path, template: str, last_words: str) -> None:
+    world.machine("doomed", SMALL + f"template: {template}\n")
+    recipe = world.recipe(f"bereft-{template}", "steps: ['sleep 600']\n")
+    process = world.start("build", "--machine", "doomed", "-o", tmp_path / "out", recipe)
     wait_until_building(process)
     (qemu,) = world.qemus()
     os.kill(qemu, signal.SIGKILL)
@@ -153,7 +174,7 @@ def test_machine_killed_in_mid_build(world: World, tmp_path: Path) -> None:
     world.assert_nothing_left()
     # Its console is kept with the build.
     build = world.json("builds")[0]["build"]
-    assert "offload-init" in (world.state / "builds" / build / "console.log").read_text()
+    assert last_words in (world.state / "builds" / build / "console.log").read_text()
 
 
 def test_builds_take_turns_on_a_machine(world: World, tmp_path: Path) -> None:

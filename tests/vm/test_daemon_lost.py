@@ -23,7 +23,7 @@ def kill_daemon(world: World) -> None:
 
 def test_next_daemon_adopts_a_users_machine(make_world: Callable[[], World]) -> None:
     world = make_world()
-    world.machine("lasting", SMALL + "port-forwardings: {12522: 22, 12544: 1004}\n")
+    world.machine("lasting", SMALL + "port-forwardings: {12522: 22}\n")
     world.run("vm", "start", "lasting")
     pid = world.json("vm", "show", "lasting")["instance"]["pid"]
     kill_daemon(world)
@@ -58,7 +58,7 @@ def test_next_daemon_ends_a_builds_machine(make_world: Callable[[], World], tmp_
 
 def test_sigterm_ends_builds_and_machines(make_world: Callable[[], World], tmp_path: Path) -> None:
     world = make_world()
-    world.machine("ending", SMALL + "port-forwardings: {12622: 22, 12644: 1004}\n")
+    world.machine("ending", SMALL + "port-forwardings: {12622: 22}\n")
     world.run("vm", "start", "ending")
     recipe = world.recipe("ended", "steps: ['sleep 600']\ndate: 2018-01-01\n")
     process = world.start("build", "--machine", "ending", "-o", tmp_path / "out", recipe)

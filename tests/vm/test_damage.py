@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import World
 
-SMALL = "cpu-count: 2\nmemory-size: 512\nport-forwardings: {12822: 22, 12844: 1004}\n"
+SMALL = "cpu-count: 2\nmemory-size: 512\nport-forwardings: {12822: 22}\n"
 
 
 def test_damaged_image_is_not_booted(make_world: Callable[[], World]) -> None:

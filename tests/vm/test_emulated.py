@@ -23,9 +23,8 @@ from offloadd.builder.run import Job, Report, run_build
 from offloadd.config.library import Library, load_library
 from offloadd.environment.recipe import environment_recipe
 from offloadd.environment.store import EnvironmentStore
+from offloadd.guest.agent import Agent
 from offloadd.guest.open import open_guest
-from offloadd.guest.secret_root import ensure_secret_root
-from offloadd.guest.ssh import Guest
 from offloadd.image.store import ImageStore
 from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
@@ -85,20 +84,19 @@ async def plan(machine: VmMachine, library: Library) -> VmPlan:
 
 
 @asynccontextmanager
-async def boot(system: str, folder: Path) -> AsyncIterator[tuple[Instance, Guest]]:
+async def boot(system: str, folder: Path) -> AsyncIterator[tuple[Instance, Agent]]:
     async with open_bridge() as bridge, _boot(await plan(EMULATED[system], LIBRARY), folder, bridge) as booted:
         yield booted
 
 
 @asynccontextmanager
-async def _boot(wanted: VmPlan, folder: Path, bridge: Bridge) -> AsyncIterator[tuple[Instance, Guest]]:
-    secrets = ensure_secret_root("emulated", folder / "secrets")
+async def _boot(wanted: VmPlan, folder: Path, bridge: Bridge) -> AsyncIterator[tuple[Instance, Agent]]:
     with Cores().share(wanted.cpu_count) as cores:
         opened = open_instance(
             wanted, instances=folder / "run", logs=folder / "logs", bridge=bridge, cores=cores, purpose="build"
         )
-        async with opened as instance, open_guest(instance, secrets, bridge, lambda _: None) as guest:
-            yield instance, guest
+        async with opened as instance, open_guest(instance, lambda _: None) as agent:
+            yield instance, agent
 
 
 @pytest.fixture
@@ -107,13 +105,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("e")
 
 
-async def build(instance: Instance, guest: Guest, system: str, folder: Path, *steps: str) -> tuple[Report, str]:
+async def build(instance: Instance, agent: Agent, system: str, folder: Path, *steps: str) -> tuple[Report, str]:
     recipe = environment_recipe("trixie" if system == "riscv64-linux" else "bookworm", SYSTEMS[system].debian)
     environment = await EnvironmentStore(CACHE / "environments").ensure(recipe)
     source, now, log = folder / "source.tar", int(DATE.timestamp()), Log()
     (folder / "nothing.tar").write_bytes(bytes(10240))
     await trio.to_thread.run_sync(prepare_source, folder / "nothing.tar", [], source, now)
-    async with open_in_guest(instance, guest, environment.path, f"env-{system}"[:20], own=True) as place:
+    async with open_in_guest(instance, agent, environment.path, own=True) as place:
         job = Job(
             build="b",
             name="emulated-1",
@@ -132,7 +130,8 @@ async def build(instance: Instance, guest: Guest, system: str, folder: Path, *st
         (folder / "outputs.tar").unlink(missing_ok=True)
         with open_outputs_receiver(folder / "outputs.tar") as outputs:
             report = await run_build(place.service, job, outputs, log)
-    await instance.detach_disk(f"env-{system}"[:20])
+    assert place.environment is not None
+    await instance.detach_disk(place.environment)
     return report, log.text
 
 
@@ -140,7 +139,7 @@ async def build(instance: Instance, guest: Guest, system: str, folder: Path, *st
 async def test_builds_in_an_environment_that_is_plugged_in(system: str, short: Path, binfmt: tuple[str, ...]) -> None:
     model, seen = CPUS[system]
     began = trio.current_time()
-    async with boot(system, short) as (instance, guest):
+    async with boot(system, short) as (instance, agent):
         boot_s = trio.current_time() - began
         assert instance.record.plan.cpu == model
         # The guest's own clock came up at the date: nobody has set it yet.
@@ -149,14 +148,14 @@ async def test_builds_in_an_environment_that_is_plugged_in(system: str, short: P
         # Twice: a disk that is taken away makes room for the next.
         for _ in range(2):
             report, log = await build(
-                instance, guest, system, short, "dpkg --print-architecture; date -u +%F", "cat /proc/cpuinfo >made"
+                instance, agent, system, short, "dpkg --print-architecture; date -u +%F", "cat /proc/cpuinfo >made"
             )
             assert log == f"{SYSTEMS[system].debian}\n2013-06-01\n"
             assert report.exit_status == 0
             assert seen in report.started["cpu"]
             assert report.clock_start == pytest.approx(DATE.timestamp(), abs=5)
             assert (short / "outputs.tar").stat().st_size > 0
-        print(f"{system}: {boot_s:.1f} s to the first login")
+        print(f"{system}: {boot_s:.1f} s to the agent's hello")
 
 
 @pytest.mark.parametrize("system", SYSTEMS_BOOTED)
@@ -172,6 +171,6 @@ async def test_stops_when_it_is_told(system: str, short: Path, binfmt: tuple[str
 
 
 async def test_the_64_bit_processor_runs_32_bit_programs(short: Path, binfmt: tuple[str, ...]) -> None:
-    async with boot("aarch64-linux", short) as (instance, guest):
-        _, log = await build(instance, guest, "armhf-linux", short, "dpkg --print-architecture; uname -m; touch made")
+    async with boot("aarch64-linux", short) as (instance, agent):
+        _, log = await build(instance, agent, "armhf-linux", short, "dpkg --print-architecture; uname -m; touch made")
     assert log == "armhf\narmv8l\n"

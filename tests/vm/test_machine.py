@@ -13,14 +13,14 @@ import pytest
 
 from tests.conftest import World
 
-SSH, SECRETS = 12922, 12944
+SSH = 12922
 SMALL = "cpu-count: 2\nmemory-size: 512\n"
 
 
 @pytest.fixture(scope="module")
 def started(world: World) -> Iterator[World]:
     """build-vm, as it is shipped but for its ports, which the one who runs the tests may be using."""
-    world.machine("build-vm", f"port-forwardings: {{{SSH}: 22, {SECRETS}: 1004}}\n")
+    world.machine("build-vm", f"port-forwardings: {{{SSH}: 22}}\n")
     world.run("vm", "start", "build-vm")
     yield world
     world.run("vm", "stop", "build-vm")
@@ -49,7 +49,7 @@ def test_show_tells_what_runs(started: World) -> None:
 
     assert shown["state"] == "running"
     assert shown["instance"]["cpu"] == "Cascadelake-Server"
-    assert shown["instance"]["ports"] == {"22": SSH, "1004": SECRETS}
+    assert shown["instance"]["ports"] == {"22": SSH}
     assert len(shown["instance"]["cores"]) == 4
     if shown["instance"]["accelerator"] == "tcg":
         # What TCG of this QEMU cannot give of that model.
@@ -73,7 +73,7 @@ def test_nobody_else_may_use_its_sockets(started: World) -> None:
 
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
-    assert {path.name for path in sockets} == {"qmp.sock", "console.sock"}
+    assert {path.name for path in sockets} == {"qmp.sock", "console.sock", "agent.sock"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in sockets} == {0o600}
 
 
@@ -99,14 +99,34 @@ def test_qemu_is_in_its_sandbox(started: World) -> None:
     assert "Seccomp:\t2" in status
 
 
-def test_build_uses_the_running_machine(started: World, tmp_path: Path) -> None:
+def test_build_that_keeps_the_machine_uses_the_running_one(started: World, tmp_path: Path) -> None:
     recipe = started.recipe("shared", "steps: ['id -u; echo $HOME; date +%Y', 'ls /sys/class/net || true']\n")
-    result = started.json("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
+    result = started.json("build", "--machine", "build-vm", "--keep-machine", "-o", tmp_path / "out", recipe)
 
-    assert result["own_vm"] is False
-    assert result["instance"] == "build-vm"
+    assert (result["own_vm"], result["guest"], result["instance"]) == (False, "kept", "build-vm")
     log = started.run("log", result["build"]).stdout
     assert "1000\n/build\n2020\n" in log
+
+
+def test_build_does_not_touch_the_running_machine(started: World, tmp_path: Path) -> None:
+    recipe = started.recipe("apart", "steps: ['cat /proc/sys/kernel/random/boot_id; date +%Y']\n")
+    running = started.json("vm", "show", "build-vm")["instance"]["pid"]
+    result = started.json("build", "--machine", "build-vm", "-o", tmp_path / "out", recipe)
+
+    assert (result["own_vm"], result["guest"]) == (True, "clone")
+    assert result["instance"] != "build-vm"
+    assert started.json("vm", "show", "build-vm")["instance"]["pid"] == running
+    assert started.qemus() == [running]
+
+
+def test_keeping_a_machine_that_is_another_than_the_build_asks_for(started: World, tmp_path: Path) -> None:
+    recipe = started.recipe("elsewhen", "steps: ['true']\n")
+    options = ["--machine", "build-vm", "--keep-machine", "--cpu", "Nehalem"]
+    done = started.run("build", *options, "-o", tmp_path / "out", recipe, status=None)
+
+    assert done.returncode in (2, 4), done.stderr
+    assert "--keep-machine" in done.stderr
+    assert started.json("vm", "show", "build-vm")["state"] == "running"
 
 
 def test_build_with_another_date_gets_its_own_vm(started: World, tmp_path: Path) -> None:
@@ -119,7 +139,7 @@ def test_build_with_another_date_gets_its_own_vm(started: World, tmp_path: Path)
 
 
 def test_second_machine_on_its_ports_is_told_whose_they_are(started: World) -> None:
-    started.machine("rival", SMALL + f"port-forwardings: {{{SSH}: 22, 12044: 1004}}\n")
+    started.machine("rival", SMALL + f"port-forwardings: {{{SSH}: 22}}\n")
     done = started.run("vm", "start", "rival", status=75)
 
     assert f"port {SSH} is taken by our machine build-vm" in done.stderr
@@ -127,7 +147,7 @@ def test_second_machine_on_its_ports_is_told_whose_they_are(started: World) -> N
 
 
 def test_machines_side_by_side_have_their_own_cores(started: World) -> None:
-    started.machine("beside", SMALL + "port-forwardings: {12022: 22, 12044: 1004}\n")
+    started.machine("beside", SMALL + "port-forwardings: {12022: 22}\n")
     started.run("vm", "start", "beside")
     try:
         cores = started.json("vm", "show", "beside")["instance"]["cores"]
@@ -139,7 +159,7 @@ def test_machines_side_by_side_have_their_own_cores(started: World) -> None:
 
 
 def test_a_machine_whose_file_is_taken_away_while_it_runs(world: World) -> None:
-    world.machine("orphan", SMALL + "port-forwardings: {12122: 22, 12144: 1004}\n")
+    world.machine("orphan", SMALL + "port-forwardings: {12122: 22}\n")
     world.run("vm", "start", "orphan")
     try:
         (world.root / "config/offload/machines/orphan.yaml").unlink()
@@ -157,11 +177,11 @@ def test_configuration_is_what_the_manual_says(make_world: Callable[[], World]) 
     assert shown["cpu-count"] == 4
     assert shown["memory-size"] == 2048
     assert shown["date"] == "2020-01-01T00:00:00Z"
-    assert shown["port-forwardings"] == {"11022": 22, "11044": 1004}
+    assert shown["port-forwardings"] == {"11022": 22}
 
 
 def test_log_of_the_console_is_kept(started: World) -> None:
-    assert "offload-init: ready" in started.run("vm", "logs", "build-vm").stdout
+    assert "Server listening on 0.0.0.0 port 22" in started.run("vm", "logs", "build-vm").stdout
 
 
 def test_openssh_gets_in_with_the_host_key_that_we_sent(started: World) -> None:

@@ -8,7 +8,6 @@ again: an earlier agent of this guest has ended.
 
 import os
 import select
-import sys
 import time
 
 from build_service import service
@@ -177,8 +176,4 @@ class Agent:
 def main(arguments):
     os.umask(0o022)
     numbers = [int(word) for word in arguments if word.isdecimal()]
-    try:
-        Agent(Port(numbers[0] if numbers else find_port(), "again" in arguments)).serve()
-    except KeyboardInterrupt:
-        pass
-    sys.exit(0)
+    Agent(Port(numbers[0] if numbers else find_port(), "again" in arguments)).serve()

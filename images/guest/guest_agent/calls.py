@@ -1,9 +1,8 @@
 """Calls of the host: short, and answered at once."""
 
+import _signal
 import os
 import time
-
-import _signal
 
 from guest_agent.identity import seed, set_mac, set_machine_id
 

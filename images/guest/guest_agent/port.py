@@ -15,6 +15,7 @@ class Port:
     def __init__(self, descriptor, again):
         """Args: again: an earlier agent was at this port, and has ended, perhaps in the middle of a frame."""
         os.set_blocking(descriptor, False)
+        os.set_inheritable(descriptor, False)
         self.descriptor = descriptor
         self.cutter = Cutter()
         whole = memoryview(bytearray(16 * CHUNK))

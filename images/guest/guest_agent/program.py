@@ -19,7 +19,7 @@ class Program:
         try:
             for descriptor in (self.input, output, error):
                 os.set_blocking(descriptor, False)
-                try:
+                try:  # noqa: SIM105  contextlib is slow to import
                     fcntl.fcntl(descriptor, F_SETPIPE_SZ, WINDOW)
                 except OSError:
                     # More than this user may have: it goes in smaller pieces.
@@ -84,7 +84,7 @@ class Program:
 
     def signal(self, number):
         """To the process and all that it has started in its session's group."""
-        try:
+        try:  # noqa: SIM105  contextlib is slow to import
             os.killpg(self.pid, number)
         except (OSError, OverflowError):
             # It has just ended; or there is no such signal.

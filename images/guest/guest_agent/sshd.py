@@ -1,9 +1,8 @@
 """Have init start sshd, and wait until it listens."""
 
+import _signal
 import os
 import time
-
-import _signal
 
 LIMIT_S = 120.0
 LISTENS = ": 00000000:0016 00000000:0000 0A"

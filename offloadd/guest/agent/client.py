@@ -80,6 +80,7 @@ class Agent:
                 if rest is not None:
                     self._nursery.start_soon(self._read, rest)
                     self._nursery.start_soon(self._write)
+                    self._nursery.start_soon(self._hang_up)
                     return
         raise AgentError("the agent's channel broke before its hello", subject=self.machine)
 
@@ -222,6 +223,11 @@ class Agent:
         except (AgentError, ProtocolError) as exc:
             exc.subject = self.machine
             self._fail(exc)
+
+    async def _hang_up(self) -> None:
+        """Close a connection that is of no use any more: QEMU has room for one, and the next may be waiting."""
+        await self._lost.wait()
+        await trio.aclose_forcefully(self._stream)
 
     def _take(self, frame: Frame) -> None:
         number = frame.channel

@@ -1,0 +1,222 @@
+"""Clones that wait for builds: `warm: N` in a machine's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from offloadd.daemon.guests import Guests
+from offloadd.daemon.host_memory import HostMemory
+from offloadd.daemon.pool import Pool, WaitingClone, open_pool
+from offloadd.daemon.workshop import open_workshop
+from offloadd.model.machine import VmMachine
+from offloadd.paths import Paths
+from offloadd.plan.machine import VmPlan, plan_for_build
+from offloadd.process import silent
+from offloadd.vm.footprint import private_memory
+from tests.conftest import World
+from tests.vm.test_build import wait_for
+
+# Of whatever date, they have the same CPU, and so the same template.
+MACHINE = "cpu: Haswell\ncpu-count: 2\nmemory-size: 1024\nport-forwardings: {12722: 22}\nwarm: 1\n"
+PLENTY = HostMemory(total=16 << 30, available=15 << 30, pressure=0.0)
+SHORT = HostMemory(total=16 << 30, available=15 << 30, pressure=80.0)
+
+
+@pytest.fixture(scope="module")
+def pooled(world: World) -> World:
+    world.machine("pooled", MACHINE)
+    world.recipe("dated", "steps: ['date +%F > day']\noutputs: [day]\n")
+    return world
+
+
+def build(world: World, date: str, out: Path) -> dict[str, Any]:
+    """Build at that date; build.json."""
+    world.run("build", "--machine", "pooled", "--date", date, "-o", out, world.root / "projects/dated")
+    assert (out / "day").read_text() == f"{date}\n"
+    found: dict[str, Any] = json.loads((out / "build.json").read_text())
+    return found
+
+
+def log_of(world: World) -> str:
+    return (world.state / "offloadd.log").read_text()
+
+
+def test_builds_take_those_that_wait(pooled: World, tmp_path: Path) -> None:
+    assert build(pooled, "2021-03-04", tmp_path / "first")["guest"] == "clone"
+    wait_for(lambda: log_of(pooled).count("'a clone waits'") == 1)
+    (first,) = pooled.waiting()
+
+    record = build(pooled, "2005-05-05", tmp_path / "second")
+    assert (record["guest"], record["instance"]) == ("warm", f"build-{record['build']}")
+    assert record["date"] == "2005-05-05T00:00:00Z"
+    assert (pooled.state / "builds" / record["build"] / "console.log").exists()
+    pooled.assert_nothing_left()
+
+    # Nobody else gets it: another waits for the next build.
+    wait_for(lambda: log_of(pooled).count("'a clone waits'") == 2)
+    assert pooled.waiting() != [first]
+    assert build(pooled, "2011-11-11", tmp_path / "third")["guest"] == "warm"
+
+
+def test_one_that_is_killed_does_no_harm(pooled: World, tmp_path: Path) -> None:
+    before = log_of(pooled).count("'a clone waits'")
+    build(pooled, "2021-03-04", tmp_path / "before")
+    wait_for(lambda: log_of(pooled).count("'a clone waits'") > before)
+    (waiting,) = pooled.waiting()
+    os.kill(waiting, signal.SIGKILL)
+
+    assert build(pooled, "2012-12-12", tmp_path / "after")["guest"] == "clone"
+    assert waiting not in pooled.waiting()
+    pooled.assert_nothing_left()
+
+
+def test_none_outlives_its_daemon(pooled: World, make_world: Any, tmp_path: Path) -> None:
+    world = make_world()
+    world.machine("pooled", MACHINE)
+    world.recipe("dated", "steps: ['date +%F > day']\noutputs: [day]\n")
+    build(world, "2021-03-04", tmp_path / "first")
+    wait_for(lambda: "'a clone waits'" in log_of(world))
+    (daemon,) = world.daemons()
+    os.kill(daemon, signal.SIGKILL)
+    wait_for(lambda: not world.daemons())
+    assert len(world.waiting()) == 1
+
+    # The next daemon finds it, and ends it.
+    world.run("vm", "list")
+    wait_for(lambda: not world.waiting())
+
+    build(world, "2021-03-04", tmp_path / "second")
+    wait_for(lambda: log_of(world).count("'a clone waits'") == 2)
+    world.run("daemon", "stop")
+    wait_for(lambda: not world.daemons())
+    assert not world.waiting()
+    assert not list(world.instances.glob("*"))
+
+
+@dataclass
+class Bench:
+    """A pool in this process, on a host whose memory is what a test says."""
+
+    root: Path
+    guests: Guests
+    machine: VmMachine
+    plan: VmPlan
+    memory: HostMemory = PLENTY
+    began: int = 0
+
+    def plan_for(self, name: str) -> VmPlan:
+        return plan_for_build(self.plan, name, date=None, cpu=None, pinned_cpu=True)
+
+    async def use(self, pool: Pool) -> str:
+        """A build of nothing; where its guest came from."""
+        self.began += 1
+        plan = self.plan_for(f"build-{self.began}")
+        async with pool.open(plan, self.machine, silent, logs=self.root / "logs") as guest:
+            return guest.origin
+
+    def instances(self) -> list[Path]:
+        return list(self.guests.shop.paths.instances.glob("*"))
+
+
+@asynccontextmanager
+async def open_bench(world: World) -> AsyncIterator[Bench]:
+    root = world.root / "bench"
+    config = world.root / "config/offload"
+    paths = Paths(config=config, state=root / "state", cache=world.cache / "offload", runtime=root / "run")
+    async with open_workshop(paths, paths.database) as shop:
+        library = shop.library()
+        machine = library.vm("pooled")
+        yield Bench(root, Guests(shop), machine, await shop.plan(machine, library, silent))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def until_one_waits(pool: Pool) -> WaitingClone:
+    with trio.fail_after(120):
+        while not pool.waiting():
+            await trio.sleep(0.05)
+    (clone,) = pool.waiting()
+    return clone
+
+
+async def test_they_are_given_up_when_memory_is_short(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        await bench.use(pool)
+        clone = await until_one_waits(pool)
+        record, templates = clone.instance.record, bench.guests.shop.templates
+        assert (record.purpose, record.plan.machine, clone.idle.digest) == ("warm", "pooled", next(iter(templates._loaded)))
+        assert private_memory(record.pid) is not None
+        assert (private_memory(record.pid) or 0) < 110 << 20
+
+        bench.memory = SHORT
+        with trio.fail_after(60):
+            await clone.ended.wait()
+            while templates.is_loaded(clone.idle.digest):
+                await trio.sleep(0.05)
+        assert not pool.waiting()
+        assert not bench.instances()
+        # Builds go on without.
+        assert await bench.use(pool) == "clone"
+
+
+async def test_a_build_that_is_cancelled_ends_what_it_took(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        await bench.use(pool)
+        clone = await until_one_waits(pool)
+        before = descriptors()
+
+        with trio.CancelScope() as scope:
+            async with pool.open(bench.plan_for("build-c"), bench.machine, silent, logs=bench.root / "logs") as guest:
+                assert (guest.origin, guest.instance.name, guest.agent.machine) == ("warm", "build-c", "build-c")
+                assert abs(guest.instance.record.clock() - bench.plan.date.timestamp()) < 60
+                assert (await guest.agent.call("clock"))["clock"] == pytest.approx(guest.instance.record.clock(), abs=5)
+                scope.cancel()
+                await trio.sleep_forever()
+        assert clone.ended.is_set()
+        assert not bench.instances()
+        assert descriptors() < before
+
+
+async def test_a_removed_image_or_template_ends_those_that_wait(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        await bench.use(pool)
+        clone = await until_one_waits(pool)
+        await pool.forget(images={"another"}, templates={"another"})
+        assert pool.waiting() == [clone]
+        await pool.forget(images={bench.plan.boot.digest})
+        assert not pool.waiting()
+        assert not bench.instances()
+
+        await bench.use(pool)
+        clone = await until_one_waits(pool)
+        await pool.forget(templates={clone.idle.digest})
+        assert not bench.instances()
+
+        # Also while it is made.
+        await bench.use(pool)
+        with trio.fail_after(60):
+            while not bench.instances():
+                await trio.sleep(0.01)
+        await pool.forget(templates={clone.idle.digest})
+        assert not pool.waiting()
+        assert not bench.instances()
+
+
+async def test_they_end_with_the_pool(pooled: World) -> None:
+    async with open_bench(pooled) as bench:
+        async with open_pool(bench.guests, lambda: bench.memory) as pool:
+            await bench.use(pool)
+            await until_one_waits(pool)
+        assert not bench.instances()
