@@ -202,6 +202,11 @@ def flip(path: Path, at: int) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps(change(data)))
@@ -222,7 +227,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "ram changed": lambda folder: flip(folder / RAM, MIB + 5),
     "ram changed in a hole": lambda folder: flip(folder / RAM, 3 * MIB),
     "ram gone": lambda folder: (folder / RAM).unlink(),
-    "ram a directory": lambda folder: (folder / RAM).rename(folder / "kept") and (folder / RAM).mkdir(),
+    "ram a directory": lambda folder: become_folder(folder / RAM),
     "state changed": lambda folder: flip(folder / STATE, 3),
     "state cut short": lambda folder: os.truncate(folder / STATE, 3),
     "state gone": lambda folder: (folder / STATE).unlink(),
