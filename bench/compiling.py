@@ -2,8 +2,7 @@
 
 Both have the same kernel, environment, accelerator, CPU model, processors and memory.  Ours is a build like any other; plain
 QEMU boots the disk of the systemd image with `-snapshot` and a shell as its init, which enters the environment with chroot.
-Under emulation what the kernel does against faults of real processors costs more than any device: the strict comparison
-leaves that away on both sides.
+Ours tells its kernel mitigations=off, so the strict comparison tells plain QEMU's the same.
 """
 
 from __future__ import annotations
@@ -27,16 +26,20 @@ from offloadd.nursery import narrow
 from offloadd.process import Progress
 
 LIMIT_S = 300.0
-FUNCTIONS = 120
+FUNCTIONS = 40
+TIMES = 3
+"""The shortest of these counts: a few seconds in which nobody else wants the processors are found more often than many."""
 TARGET = 1.03
 # The compiler is read from its disk before the time is taken.  /proc/uptime has hundredths of a second, whatever the date is.
-SCRIPT = """\
-echo 'int main(void) { return 0; }' >small.c
+SCRIPT = f"""\
+echo 'int main(void) {{ return 0; }}' >small.c
 gcc -O2 -S -o /dev/null small.c
-read -r began _ </proc/uptime
-gcc -O2 -S -o /dev/null big.c
-read -r ended _ </proc/uptime
-echo "offload-bench: compiled $began $ended"
+for number in $(seq {TIMES}); do
+    read -r began _ </proc/uptime
+    gcc -O2 -S -o /dev/null big.c
+    read -r ended _ </proc/uptime
+    echo "offload-bench: compiled $began $ended"
+done
 """
 _RECIPE = """\
 name: compile
@@ -75,7 +78,7 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress) -> list[Row
     default = Point(series=Series("compile under plain QEMU"), what=f"the same {said}, with its defaults)")
     ours = Point(
         series=Series("compile in a VM"),
-        what=f"`gcc -O2 -S` of {FUNCTIONS} functions in a build, by the guest's clock",
+        what=f"`gcc -O2 -S` of {FUNCTIONS} functions in a build, by the guest's clock, the shortest of {TIMES}",
         target=TARGET,
     )
     tell("making the environment", None)
@@ -147,17 +150,17 @@ def _write_tools(project: Path, tools: Path) -> None:
 async def _run_plain(stock: Stock, environment: Path, tools: Path, words: str) -> float:
     argv = plain_argv(stock.plan, stock.systemd.boot, f'{words}init=/bin/sh -- -c "{_INIT}"', environment, tools)
     said: list[str] = []
-    await time_to_lines(argv, [_TOOK], limit_s=LIMIT_S, heard=said)
-    return read_took(said[-1])
+    await time_to_lines(argv, [_TOOK] * TIMES, limit_s=LIMIT_S, heard=said)
+    return read_took("\n".join(said))
 
 
 def read_took(said: str) -> float:
-    """Seconds between the two times that the script prints.
+    """The shortest time between the two that the script prints for each compile, in seconds.
 
     Raises:
-        BenchError: it did not get there.
+        BenchError: it did not get to the last one.
     """
-    found = _TOOK.search(said)
-    if found is None:
+    found = _TOOK.findall(said)
+    if len(found) != TIMES:
         raise BenchError(f"the compile said {said[-200:]!r}")
-    return float(found[2]) - float(found[1])
+    return min(float(ended) - float(began) for began, ended in found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 
 from offloadd.errors import HostError
 from offloadd.plan.cores import choose_cores
@@ -37,15 +36,20 @@ class Cores:
 
 
 async def pin(qmp: Qmp, cores: Sequence[int]) -> None:
-    """Put each virtual CPU on its core.
+    """Put each virtual CPU on its core; where they are more than the cores, all of them on all of these.
+
+    To tie two to one core would leave another one idle while both are busy: the guest takes them for two.
 
     Raises:
         HostError: the kernel does not let us.
         MachineLostError: QEMU went away.
     """
     # `options` of the machine may give QEMU more virtual CPUs than `cpu-count`.
-    for cpu, core in zip(await qmp.execute("query-cpus-fast"), cycle(cores), strict=False):
+    cpus = await qmp.execute("query-cpus-fast")
+    alone = len(set(cores)) >= len(cpus)
+    for number, cpu in enumerate(cpus):
+        mine = {cores[number]} if alone else set(cores)
         try:
-            os.sched_setaffinity(cpu["thread-id"], {core})
+            os.sched_setaffinity(cpu["thread-id"], mine)
         except OSError as exc:
-            raise HostError(f"cannot pin a virtual CPU to core {core}: {exc.strerror}", subject=qmp.instance) from exc
+            raise HostError(f"cannot pin a virtual CPU to {mine}: {exc.strerror}", subject=qmp.instance) from exc

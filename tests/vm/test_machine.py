@@ -65,7 +65,10 @@ def test_threads_are_pinned_as_show_says(started: World) -> None:
         name = (task / "comm").read_text().strip()
         if name.startswith("CPU "):
             threads[int(name.split()[1].split("/")[0])] = os.sched_getaffinity(int(task.name))
-    assert threads == {index: {core} for index, core in enumerate(shown["cores"])}
+    cores = shown["cores"]
+    # Four on fewer cores share them: tied to one each, two that are busy could meet on one.
+    alone = len(set(cores)) == len(cores)
+    assert threads == {index: {core} if alone else set(cores) for index, core in enumerate(cores)}
 
 
 def test_nobody_else_may_use_its_sockets(started: World) -> None:

@@ -54,17 +54,12 @@ def build(world: World, out: Path, *options: str, step: str = "true") -> tuple[d
 @pytest.fixture
 def digest(own: World, tmp_path: Path) -> str:
     """Of the template of `small`, which is whole."""
-    before = set(templates(own))
     record, _ = build(own, tmp_path / "prepared")
     assert record["guest"] == "clone"
-    made = {
-        digest
-        for digest, folder in templates(own).items()
-        if json.loads((folder / MANIFEST).read_text())["facts"]["cpu"] == record["cpu"]
-        and json.loads((folder / MANIFEST).read_text())["facts"]["options"] == []
-    }
-    assert len(made) == 1, before
-    return made.pop()
+    wanted = {"cpu": record["cpu"], "memory_mib": 512, "options": []}
+    facts = {digest: json.loads((folder / MANIFEST).read_text())["facts"] for digest, folder in templates(own).items()}
+    [found] = [digest for digest, made_of in facts.items() if wanted == {name: made_of[name] for name in wanted}]
+    return found
 
 
 def test_the_first_build_makes_a_template_for_all_that_follow(own: World, tmp_path: Path) -> None:
@@ -146,7 +141,7 @@ def test_a_guest_that_qemu_cannot_save_is_booted(own: World, tmp_path: Path, dig
     # hw/nvme/ctrl.c of QEMU 7.2: `unmigratable`.
     own.machine("odd", SMALL + "options: [-blockdev, 'driver=null-co,node-name=n0', -device, 'nvme,serial=n0,drive=n0']\n")
     before = set(templates(own))
-    record, told = build(own, tmp_path / "out", "--machine", "odd", step="test -e /sys/block/nvme0n1")
+    record, told = build(own, tmp_path / "out", "--machine", "odd")
     assert (record["guest"], record["state"], set(templates(own))) == ("boot", "succeeded", before)
     [line] = [line for line in told.splitlines() if "no template: " in line]
     assert "nvme" in line
@@ -181,8 +176,7 @@ def test_ten_clones_at_once(own: World, tmp_path: Path) -> None:
     recipe = own.recipe("endless", "steps: ['cat /proc/sys/kernel/random/uuid; while :; do sleep 1; done']\n")
     started = [own.start("build", "--machine", "many", "-o", tmp_path / f"{number}", recipe) for number in range(COUNT)]
     try:
-        for process in started:
-            wait_until_building(process)
+        said = [process.stdout.readline() for process in started if process.stdout is not None]
         qemus = own.qemus()
         assert len(qemus) == COUNT
         own_memory = sorted(private_memory(pid) >> 20 for pid in qemus)
@@ -193,10 +187,11 @@ def test_ten_clones_at_once(own: World, tmp_path: Path) -> None:
     finally:
         for process in started:
             process.send_signal(signal.SIGINT)
-        ends = [(process.communicate(timeout=120), process.returncode) for process in started]
-    assert {status for _, status in ends} == {130}
+        for process in started:
+            process.communicate(timeout=120)
+    assert {process.returncode for process in started} == {130}
     # Each has its own entropy.
-    assert len({out for (out, _), _ in ends}) == COUNT
+    assert len(set(said)) == COUNT
     own.assert_nothing_left()
 
 
