@@ -34,7 +34,13 @@ deps: ## install the system packages that are missing (through apt, as root or w
 # Debian starts an sshd when it is installed: only who runs the tests gets one.
 .PHONY: test-deps
 test-deps:
-	@./install-host-packages openssh-server
+	@./install-host-packages openssh-server qemu-utils
+
+# What is measured beside us; a tool that is missing is a row that says so.
+.PHONY: bench-deps
+bench-deps: venv
+	@./install-host-packages debvm genext2fs kmod
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 
 .PHONY: venv
 venv: $(STAMP) ## make the virtual environment .venv with offload and its tools in it
@@ -77,7 +83,7 @@ lint: venv ## run ruff (rules and format), mypy --strict and the import linter
 	@$(BIN)/lint-imports
 
 .PHONY: bench
-bench: deps venv ## measure boots, builds and image builds against the bare tools
+bench: bench-deps ## measure clones, boots, transfers and builds against the bare tools
 	@$(BIN)/python bench/run.py
 
 .PHONY: clean

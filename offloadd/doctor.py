@@ -75,7 +75,6 @@ class Program:
 
 QEMU = "qemu-system-x86_64"
 PROGRAMS = (
-    Program(name="qemu-img", package="qemu-utils", purpose="the volatile disk of a guest"),
     Program(name="mmdebstrap", package="mmdebstrap", purpose="the root file systems of images and environments"),
     Program(name="mke2fs", package="e2fsprogs", purpose="an image's file system"),
     Program(name="sqfstar", package="squashfs-tools", purpose="an environment's disk"),

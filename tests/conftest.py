@@ -85,6 +85,21 @@ class World:
     def json(self, *arguments: str | Path, status: int | None = 0) -> Any:
         return json.loads(self.run(*arguments, "--json", status=status).stdout)
 
+    def keep_own_templates(self, templates: Path | None = None) -> None:
+        """From here on have a cache whose templates a test may damage; images and environments stay the real user's.
+
+        Args:
+            templates: where they are to be, by default in this world.
+        """
+        shared, own = self.cache / "offload", self.root / "cache/offload"
+        own.mkdir(parents=True)
+        for folder in shared.iterdir():
+            if folder.name != "templates":
+                (own / folder.name).symlink_to(folder)
+        if templates is not None:
+            (own / "templates").symlink_to(templates)
+        self.cache = own.parent
+
     def machine(self, name: str, text: str) -> None:
         """Declare a machine of the user's."""
         folder = self.root / "config/offload/machines"

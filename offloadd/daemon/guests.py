@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal
 import structlog
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import AgentError, BootError, ImageError, MachineLostError, ProtocolError
+from offloadd.errors import AgentError, BootError, HostError, ImageError, MachineLostError, NotAllowedError, ProtocolError
 from offloadd.guest.agent import Agent
 from offloadd.guest.open import install_secrets, open_guest, personalize
 from offloadd.model.machine import VmMachine
@@ -120,7 +120,7 @@ class Guests:
         async with AsyncExitStack() as attempt:
             try:
                 saved = await attempt.enter_async_context(self.template(plan, tell))
-            except (MachineLostError, ImageError) as exc:
+            except (MachineLostError, ImageError, HostError) as exc:
                 if isinstance(exc, MachineLostError):
                     self._refused[key.digest] = exc.what
                 _note(machine, f"no template: {exc}", tell)
@@ -131,7 +131,8 @@ class Guests:
                 _note(machine, f"the template is of no use: {exc}", tell)
                 await attempt.aclose()
                 shutil.rmtree(logs / plan.instance, ignore_errors=True)
-                await self.shop.templates.remove(key.digest)
+                with suppress(NotAllowedError):  # another daemon makes it anew right now
+                    await self.shop.templates.remove(key.digest)
                 return None
             stack.push_async_exit(attempt.pop_all())
             return guest
@@ -143,7 +144,7 @@ class Guests:
         Raises:
             BootError: the guest that is to be saved did not come up.
             MachineLostError: QEMU cannot save it.
-            ImageError: it cannot be kept.
+            ImageError, HostError: it cannot be kept.
         """
         key = template_key(plan)
         if rebuild:

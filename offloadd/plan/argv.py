@@ -11,7 +11,6 @@ from pathlib import Path
 from offloadd.plan.machine import DISKS_OF_A_BUILD, VmPlan
 from offloadd.plan.target import Target, find_target
 
-
 SLOT_BYTES = 1 << 40
 """Larger than any disk that is put in: a guest reads no further than the file system that it finds."""
 AGENT_PORT = "org.offload.agent"

@@ -14,7 +14,6 @@ from offloadd.model.system import SYSTEMS
 from offloadd.plan.cpu import check_cpu, choose_cpu
 from offloadd.plan.target import find_target
 
-
 DISKS_OF_A_BUILD = 3
 """Its environment, its source, its outputs."""
 MAX_BUILDS_INSIDE = 4

@@ -44,6 +44,9 @@ KILL_S = 5.0
 CONTACT_S = 30.0
 """For a QEMU that starts, or is found again, to answer on its monitor."""
 
+MAX_REASON = 300
+"""Characters of QEMU's last words in one line."""
+
 # QEMU names the register too, `CPUID.01H:ECX.pcid`; the last word is the flag that -cpu understands.
 _MISSING_FEATURE = re.compile(r"doesn't support requested feature: CPUID\S*?\.(?:\S*\.)?(\S+)")
 
@@ -161,7 +164,23 @@ class Instance:
         raise MachineLostError(f"QEMU did not save it within {CONTACT_S:.0f} s", subject=self.name)
 
     async def _go_on(self, saved: SavedGuest) -> None:
-        """Take over what another instance has saved."""
+        """Take over what another instance has saved.
+
+        Raises:
+            MachineLostError: QEMU refuses it; the text says why.
+        """
+        try:
+            await self._take_over(saved)
+        except MachineLostError as exc:
+            # A QEMU that does not like what it reads says so, and ends.
+            with trio.move_on_after(2):
+                outcome = await self.wait_ended()
+                why = "; ".join(outcome.stderr.splitlines())[:MAX_REASON] or outcome.reason
+                what = f"QEMU does not go on from what was saved: {why}"
+                raise MachineLostError(what, subject=self.name, detail=outcome.detail) from exc
+            raise
+
+    async def _take_over(self, saved: SavedGuest) -> None:
         await self._leave_memory_out()
         # Opened anew: with a position of its own.
         state = os.open(f"/proc/self/fd/{saved.state}", os.O_RDONLY | os.O_CLOEXEC)
@@ -218,7 +237,7 @@ class Instance:
                 fault=self._fault,
                 exit_status=status,
                 stderr=_stderr(self.files.qemu_log),
-                console=console_tail(self.files.console_log),
+                console=console_tail(self.files.console_log, lines=200),
             )
             self._ended.set()
 

@@ -6,12 +6,18 @@ The reasons are those of QEMU's `ShutdownCause` (qapi/run-state.json).
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from offloadd.model.state import MachineState
+
+_PANIC = re.compile(r"Kernel panic - not syncing: (.{1,200})")
+"""Linux' kernel/panic.c."""
+CONSOLE_LINES = 20
+"""Of a guest's last words that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +47,16 @@ def judge(
     Args:
         events: QEMU's SHUTDOWN, POWERDOWN and GUEST_PANICKED events.
         asked: we told it to stop.
+        console: the guest's last words: all those behind a panic, whose trace is long.
         fault: why we had to kill it.
     """
     names = [event["event"] for event in events]
     causes = [_cause(event.get("data")) for event in events if event["event"] == "SHUTDOWN"]
+    panic = _PANIC.search(console)
     if fault:
         state, reason = MachineState.CRASHED, fault
-    elif "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and "Kernel panic - not syncing" in console):
-        state, reason = MachineState.CRASHED, "the guest's kernel panicked"
+    elif "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and panic):
+        state, reason = MachineState.CRASHED, f"the guest's kernel panicked{f': {panic[1]}' if panic else ''}"
     elif asked:
         state, reason = MachineState.STOPPED, "stopped by us"
     elif causes and causes[-1].startswith("guest-"):
@@ -58,7 +66,8 @@ def judge(
         state, reason = MachineState.CRASHED, f"QEMU was told to end by somebody else ({causes[-1]})"
     else:
         state, reason = MachineState.CRASHED, f"QEMU ended by itself ({_exit_words(exit_status)})"
-    return Outcome(state=state, reason=reason, exit_status=exit_status, stderr=stderr, console=console)
+    last = "\n".join(console.splitlines()[-CONSOLE_LINES:])
+    return Outcome(state=state, reason=reason, exit_status=exit_status, stderr=stderr, console=last)
 
 
 def _cause(data: object) -> str:

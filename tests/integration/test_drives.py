@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,14 @@ def scratch(bench: Bench) -> Path:
     return path
 
 
+@asynccontextmanager
+async def up(bench: Bench, *, disk_slots: int = 3) -> AsyncIterator[Instance]:
+    """A machine whose firmware is done with its drives: it makes QEMU open notifiers for their queues."""
+    async with bench.open(replace(bench.plan(say(b"up") + HALT), disk_slots=disk_slots)) as instance:
+        await wait_for_console(instance, "up")
+        yield instance
+
+
 async def inside(instance: Instance) -> dict[str, int]:
     """What is in its drives: the size of each, 1 TiB for one without a disk."""
     blocks = await instance._qmp.execute("query-block")
@@ -54,7 +64,7 @@ NONE = 1 << 40
 
 
 async def test_a_disk_is_put_into_a_drive(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         assert await inside(instance) == {"slot0": NONE, "slot1": NONE, "slot2": NONE}
         assert await instance.attach_disk(disk) == "slot0"
         assert await inside(instance) == {"slot0": 4096, "slot1": NONE, "slot2": NONE}
@@ -69,7 +79,7 @@ async def test_a_disk_is_put_into_a_drive(bench: Bench, disk: Path, scratch: Pat
 
 @pytest.mark.parametrize("writable", [False, True])
 async def test_no_drive_is_free(bench: Bench, disk: Path, scratch: Path, writable: bool) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         for _ in range(1 if writable else 2):
             await instance.attach_disk(disk, writable=writable)
         before = await inside(instance), await nodes(instance), descriptors(instance.record.pid)
@@ -82,7 +92,7 @@ async def test_no_drive_is_free(bench: Bench, disk: Path, scratch: Path, writabl
 
 
 async def test_a_file_that_is_gone_takes_no_drive(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         for writable in (False, True):
             for _ in range(3):
                 with pytest.raises(HostError, match=r"cannot open .*nothing: No such file") as caught:
@@ -93,7 +103,7 @@ async def test_a_file_that_is_gone_takes_no_drive(bench: Bench, disk: Path, scra
 
 
 async def test_a_disk_is_taken_out_and_put_in_again(bench: Bench, disk: Path, scratch: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         counts = []
         empty = await nodes(instance)
         for _ in range(3):
@@ -118,7 +128,7 @@ async def test_disks_that_are_put_in_at_once_are_not_mistaken_for_each_other(ben
         assert slot not in found
         found[slot] = path.stat().st_size
 
-    async with bench.open(replace(bench.plan(), disk_slots=12)) as instance:
+    async with up(bench, disk_slots=12) as instance:
         paths = [bench.root / f"env-{number}" for number in range(8)]
         for number, path in enumerate(paths):
             path.write_bytes(bytes(512 * (number + 1)))
@@ -132,7 +142,7 @@ async def test_disks_that_are_put_in_at_once_are_not_mistaken_for_each_other(ben
 
 
 async def test_a_disk_whose_name_is_removed_stays(bench: Bench, disk: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         await instance.attach_disk(disk)
         disk.unlink()
         assert (await inside(instance))["slot0"] == 4096
@@ -145,7 +155,7 @@ async def held_by(instance: Instance) -> tuple[dict[str, int], set[str], list[st
 
 
 async def test_a_file_that_qemu_does_not_take_leaves_nothing_there(bench: Bench, disk: Path) -> None:
-    async with bench.open(replace(bench.plan(), disk_slots=6)) as instance:
+    async with up(bench, disk_slots=6) as instance:
         before = await held_by(instance)
         for _ in range(5):
             with pytest.raises(MachineLostError, match="QEMU refused blockdev-add"):
@@ -157,7 +167,7 @@ async def test_a_file_that_qemu_does_not_take_leaves_nothing_there(bench: Bench,
 
 async def test_a_disk_that_the_drive_does_not_take_leaves_nothing_in_qemu(bench: Bench, disk: Path, scratch: Path) -> None:
     """QEMU locks what it writes to, and notices that when it puts it in (file-posix, `locking`)."""
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         await instance.attach_disk(disk)
         before = await held_by(instance)
         for _ in range(5):
@@ -172,7 +182,7 @@ async def test_a_disk_that_the_drive_does_not_take_leaves_nothing_in_qemu(bench:
 async def test_a_drive_is_free_again_when_whoever_wanted_it_was_cancelled(
     bench: Bench, disk: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         before = await held_by(instance)
         done = getattr(Drives, step)
         for moment in ("before", "after"):
@@ -198,7 +208,7 @@ async def test_a_drive_is_free_again_when_whoever_wanted_it_was_cancelled(
 
 
 async def test_a_disk_for_a_machine_that_is_gone(bench: Bench, disk: Path) -> None:
-    async with bench.open(bench.plan()) as instance:
+    async with up(bench) as instance:
         await instance.attach_disk(disk)
         os.kill(instance.record.pid, signal.SIGKILL)
         with trio.fail_after(10):
@@ -227,8 +237,7 @@ async def test_the_guest_reads_what_is_in_the_drive(bench: Bench, disk: Path) ->
 
 async def test_a_machine_that_is_found_again_has_nothing_in_its_drives(bench: Bench, disk: Path, scratch: Path) -> None:
     """The builds of the daemon that was killed are over."""
-    async with bench.open(bench.plan(say(b"up") + HALT)) as instance:
-        await wait_for_console(instance, "up")
+    async with up(bench) as instance:
         before = await held_by(instance)
         drives = Drives(instance._qmp, 3)
         for _ in range(2):

@@ -54,6 +54,13 @@ def test_the_table(
     assert outcome.exit_status == status
 
 
+def test_why_the_kernel_panicked_stands_above_a_long_trace() -> None:
+    trace = [f"[    1.1] RSP: {number}" for number in range(50)]
+    outcome = judge([PANICKED], asked=False, exit_status=0, stderr="", console="\n".join(["login:", PANIC, *trace]))
+    assert outcome.reason == "the guest's kernel panicked: Attempted to kill init!"
+    assert outcome.console.splitlines() == trace[-20:]
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_why_we_had_to_kill_it_comes_first(asked: bool) -> None:
     events = [POWERDOWN, shutdown("guest-shutdown")] if asked else []

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,10 +227,10 @@ def test_two_machines_of_one_template_are_two(own: World) -> None:
     own.assert_nothing_left()
 
 
-def open_files(world: World) -> int:
-    """Of the daemon, once it has come to rest."""
+def open_files(world: World) -> list[str]:
+    """What the daemon has open; sockets and pipes by their kind alone."""
     (daemon,) = world.daemons()
-    return len(list(Path(f"/proc/{daemon}/fd").iterdir()))
+    return sorted(str(link.readlink()).split(":[")[0] for link in Path(f"/proc/{daemon}/fd").iterdir())
 
 
 def appeared(world: World) -> Path | None:
@@ -259,7 +260,10 @@ def restful(own: World, digest: str) -> Iterator[World]:
     before = open_files(own)
     yield own
     own.assert_nothing_left()
-    wait_for(lambda: open_files(own) <= before, 30)
+    deadline = time.monotonic() + 30
+    while (found := Counter(open_files(own)) - Counter(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not found
 
 
 def kill_first(world: World, signal_: signal.Signals = signal.SIGKILL) -> None:
