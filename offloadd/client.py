@@ -121,7 +121,9 @@ class Client:
         connection = _Connection(self.paths.socket, quiet_s)
         try:
             chunked = body is not None and not isinstance(body, bytes)
-            headers = {"Content-Type": "application/json"} if isinstance(body, bytes) else {}
+            # Else the daemon keeps its side open for a next request, which never comes.
+            headers = {"Connection": "close"}
+            headers |= {"Content-Type": "application/json"} if isinstance(body, bytes) else {}
             headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
             with suppress(BrokenPipeError):  # an answer came before all was sent: it says why
                 connection.request(method, path, body, headers, encode_chunked=chunked)

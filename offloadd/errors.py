@@ -163,6 +163,10 @@ class MachineLostError(TransientError):
     """A running machine went away under a build."""
 
 
+class UnsavableError(MachineLostError):
+    """QEMU cannot save a guest like this one, and will not another time."""
+
+
 class PortTakenError(TransientError):
     """A forwarded port is in use on the host."""
 

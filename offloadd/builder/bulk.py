@@ -17,7 +17,7 @@ import trio
 
 from offloadd.builder.outputs import MAX_BYTES, OutputsReceiver
 from offloadd.errors import HostError, ProtocolError
-from offloadd.process import run_program
+from offloadd.process import program_environment, run_program
 
 BULK_BYTES = 8 << 20
 """A tar that is larger goes by disk.  The guest's build service has the same number."""
@@ -129,7 +129,10 @@ async def make_source_disk(tar: Path, disk: Path) -> None:
         # With numbers for its files, by which an overlay knows those that have several names.
         *("-exports", "-force-uid", "1000", "-force-gid", "1000", str(disk)),
     ]
-    await run_program(argv, stdin=tar, subject="source", disk=disk.parent)
+    env = program_environment()
+    # It would give all files its date.
+    env.pop("SOURCE_DATE_EPOCH", None)
+    await run_program(argv, stdin=tar, env=env, subject="source", disk=disk.parent)
 
 
 @contextmanager

@@ -149,7 +149,11 @@ def _add_machines(api: FastAPI, service: Service) -> None:
 
         async def work(send: Send) -> dict[str, Any]:
             trial = Trial(
-                machine, service.workshop, service.guests, _progress(send), lambda check: send({"event": "check", **check.to_json()})
+                machine,
+                service.workshop,
+                service.guests,
+                _progress(send),
+                lambda check: send({"event": "check", **check.to_json()}),
             )
             await trial.run()
             return {"machine": name, "ok": trial.ok, "checks": [check.to_json() for check in trial.checks]}

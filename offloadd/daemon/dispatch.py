@@ -14,6 +14,7 @@ from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
+    AgentError,
     BootError,
     MachineLostError,
     NotFoundError,
@@ -26,7 +27,7 @@ from offloadd.model.machine import Machine, SshMachine
 from offloadd.model.system import nearest
 from offloadd.route import Decision, Emulation, Needs, find_route
 
-MACHINE_FAULTS = (BootError, SshError, MachineLostError, ProtocolError, PortTakenError)
+MACHINE_FAULTS = (BootError, SshError, AgentError, MachineLostError, ProtocolError, PortTakenError)
 """What counts against a machine: not the build's doing, and not the host's."""
 
 log = structlog.get_logger()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,16 @@ from typing import Literal
 import structlog
 
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import AgentError, BootError, HostError, ImageError, MachineLostError, NotAllowedError, ProtocolError
+from offloadd.errors import (
+    AgentError,
+    BootError,
+    HostError,
+    ImageError,
+    MachineLostError,
+    NotAllowedError,
+    ProtocolError,
+    UnsavableError,
+)
 from offloadd.guest.agent import Agent
 from offloadd.guest.open import install_secrets, open_guest, personalize
 from offloadd.model.machine import VmMachine
@@ -30,6 +38,11 @@ Origin = Literal["boot", "clone", "warm"]
 
 NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError)
 """What a clone that did not come to life ends with; a boot is tried then."""
+
+KEEP_TEMPLATES_S = 30 * 24 * 3600.0
+"""Templates of which nobody made a guest for this long are dropped,"""
+MAX_TEMPLATES = 60
+"""and those used longest ago where there are more; each takes some 150 MB."""
 
 log = structlog.get_logger()
 
@@ -120,9 +133,11 @@ class Guests:
         async with AsyncExitStack() as attempt:
             try:
                 saved = await attempt.enter_async_context(self.template(plan, tell))
-            except (MachineLostError, ImageError, HostError) as exc:
-                if isinstance(exc, MachineLostError):
-                    self._refused[key.digest] = exc.what
+            except UnsavableError as exc:
+                self._refused[key.digest] = exc.what
+                _note(machine, f"no template: {exc}", tell)
+                return None
+            except (MachineLostError, AgentError, ProtocolError, ImageError, HostError) as exc:
                 _note(machine, f"no template: {exc}", tell)
                 return None
             try:
@@ -130,9 +145,8 @@ class Guests:
             except NO_CLONE as exc:
                 _note(machine, f"the template is of no use: {exc}", tell)
                 await attempt.aclose()
-                shutil.rmtree(logs / plan.instance, ignore_errors=True)
                 with suppress(NotAllowedError):  # another daemon makes it anew right now
-                    await self.shop.templates.remove(key.digest)
+                    await self.shop.templates.discard(saved)
                 return None
             stack.push_async_exit(attempt.pop_all())
             return guest
@@ -143,13 +157,16 @@ class Guests:
 
         Raises:
             BootError: the guest that is to be saved did not come up.
-            MachineLostError: QEMU cannot save it.
+            AgentError, ProtocolError: it does not do what it is asked for.
+            UnsavableError: QEMU cannot save it.
+            MachineLostError: QEMU went away.
             ImageError, HostError: it cannot be kept.
         """
         key = template_key(plan)
         if rebuild:
             await self.shop.templates.remove(key.digest)
         async with self.shop.templates.open(key.digest, partial(self._make, plan, key, tell), tell) as saved:
+            self._refused.pop(key.digest, None)
             yield saved
 
     async def _make(self, plan: VmPlan, key: TemplateKey, tell: Progress, directory: Path) -> None:
@@ -159,6 +176,8 @@ class Guests:
                 instances=shop.paths.instances, logs=shop.paths.logs / "templates" / name, bridge=shop.bridge, cores=cores
             )
             await freeze(plan_template(plan, name), key, bench, warm_up, directory, tell)
+        # Each date may want a CPU of its own: what was made once must not lie there for ever.
+        await shop.templates.drop_old(KEEP_TEMPLATES_S, MAX_TEMPLATES)
 
 
 def _note(machine: VmMachine, what: str, tell: Progress) -> None:

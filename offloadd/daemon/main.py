@@ -128,7 +128,7 @@ def _config(listener: socket.socket) -> Config:
     config.bind = [f"fd://{os.dup(listener.fileno())}"]
     config.graceful_timeout = 5
     config.read_timeout = None
-    config.keep_alive_timeout = 60
+    config.keep_alive_timeout = 5
     config.h11_max_incomplete_size = 1024 * 1024
     config.errorlog = None
     config.accesslog = None

@@ -295,9 +295,11 @@ class Performer:
         source = active.folder / "source-sent.tar"
         await trio.to_thread.run_sync(prepare_source, active.source, work.sources, source, newest)
         size = source.stat().st_size
-        active.result["source_channel"] = channel = channel_for(size, place.disks)
+        # A squashfs has 32 bits for a time.
+        disks = place.disks if newest < 1 << 32 else None
+        active.result["source_channel"] = channel = channel_for(size, disks)
         active.tell(f"sending the source{' as a disk' if channel == 'disk' else ''} ({format_size(size)})")
-        async with open_bulk(place.disks, source) as bulk:
+        async with open_bulk(disks, source) as bulk:
             job = Job(
                 build=active.id,
                 name=f"{recipe.name}-{recipe.version}",

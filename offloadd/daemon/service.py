@@ -112,7 +112,7 @@ class Service:
                     log.error("auto-start failed", machine=name, error=str(exc))
 
     async def release_image(self, name: str) -> None:
-        """Give up what waits on the image (or on the one whose digest begins with `name`).
+        """Give up what waits on the image (or on the one whose digest begins with `name`), and its templates.
 
         Raises:
             NotAllowedError: an instance that somebody uses runs on it.
@@ -124,6 +124,9 @@ class Service:
                 user = record.plan.instance
                 hint = f"offload vm stop {user}" if record.purpose == "machine" else "wait for the build, or cancel it"
                 raise NotAllowedError(f"{user} runs on it", subject=name, hint=hint)
+        templates = await trio.to_thread.run_sync(self.workshop.templates.list)
+        mine = [template.digest for template in templates if template.facts.get("image_digest") in chosen]
+        await self.workshop.templates.remove_all(mine)
 
     async def collect_garbage(self) -> dict[str, Sequence[str]]:
         """Remove images, environments and templates that nobody needs; the digests that went."""

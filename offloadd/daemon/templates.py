@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from offloadd.daemon.guests import Guests
+from offloadd.daemon.guests import KEEP_TEMPLATES_S, Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError, UsageError
 from offloadd.model.machine import VmMachine
@@ -19,9 +19,6 @@ from offloadd.plan.machine import DISKS_OF_A_BUILD, default_qemu, plan_for_build
 from offloadd.process import Progress
 from offloadd.template.key import machine_facts, template_key
 from offloadd.template.load import Template
-
-KEEP_TEMPLATES_S = 30 * 24 * 3600.0
-"""A template of which no guest was made for this long is garbage."""
 
 _DIFFERENCES = {
     "image_digest": "made from an older image",
@@ -95,12 +92,12 @@ async def collect_templates(shop: Workshop) -> Sequence[str]:
     found = await trio.to_thread.run_sync(shop.templates.list)
     expected = await expected_facts(shop, {template.facts.get("image") for template in found})
     now = time.time()
-    keep = {
+    # Only what was looked at: others may be made meanwhile.
+    return await shop.templates.remove_all(
         template.digest
         for template in found
-        if not why_stale(template.machine, template.facts, expected) and now - template.used < KEEP_TEMPLATES_S
-    }
-    return await shop.templates.gc(keep)
+        if why_stale(template.machine, template.facts, expected) or now - template.used > KEEP_TEMPLATES_S
+    )
 
 
 async def expected_facts(shop: Workshop, images: Iterable[object]) -> dict[str, dict[str, Any]]:

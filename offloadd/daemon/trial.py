@@ -151,6 +151,7 @@ class Trial:
         plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
         logs = shop.paths.logs / "tests" / machine.name
         async with AsyncExitStack() as stack:
+
             async def boot() -> FreshGuest:
                 opened = self._guests.open(plan, machine, self._progress, logs=logs, purpose="build")
                 return await stack.enter_async_context(opened)

@@ -93,14 +93,18 @@ async def open_workshop(paths: Paths, database: Path) -> AsyncIterator[Workshop]
     for folder in (paths.state, paths.cache, paths.builds, paths.instances, paths.logs):
         make_private(folder)
     with open_database(database) as opened:
+        templates = TemplateStore(paths.cache / "templates")
         async with open_bridge() as bridge:
-            yield Workshop(
-                paths=paths,
-                shelf=Shelf(paths.library),
-                bridge=bridge,
-                database=opened,
-                images=ImageStore(paths.cache / "images"),
-                environments=EnvironmentStore(paths.cache / "environments"),
-                templates=TemplateStore(paths.cache / "templates"),
-                cores=Cores(),
-            )
+            try:
+                yield Workshop(
+                    paths=paths,
+                    shelf=Shelf(paths.library),
+                    bridge=bridge,
+                    database=opened,
+                    images=ImageStore(paths.cache / "images"),
+                    environments=EnvironmentStore(paths.cache / "environments"),
+                    templates=templates,
+                    cores=Cores(),
+                )
+            finally:
+                templates.close()

@@ -13,11 +13,13 @@ import trio
 
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.run import Job, Report, run_build
-from offloadd.errors import BootError
+from offloadd.errors import AgentError
 from offloadd.guest.agent import Agent
 from offloadd.place.vm import GuestService
 
 _LIMIT_S = 600.0
+_LATEST = 1 << 40
+"""Seconds since 1970 that a clock may show."""
 
 
 class _Silent:
@@ -31,10 +33,12 @@ async def warm_up(agent: Agent) -> None:
     """Build nothing, in the guest's own system.
 
     Raises:
-        BootError: the guest cannot build.
+        AgentError, ProtocolError: the guest cannot build.
     """
-    clock = float((await agent.call("clock"))["clock"])
     began = trio.current_time()
+    clock = (await agent.call("clock")).get("clock")
+    if isinstance(clock, bool) or not isinstance(clock, int | float) or not 0 <= clock < _LATEST:
+        raise AgentError(f"its clock shows {repr(clock)[:50]}", subject=agent.machine)
     with tempfile.TemporaryDirectory(prefix="offload-warm-up-") as name:
         folder = Path(name)
         with tarfile.open(folder / "source.tar", "w"):
@@ -56,6 +60,6 @@ async def warm_up(agent: Agent) -> None:
         with open_outputs_receiver(folder / "outputs.tar") as outputs:
             report = await run_build(GuestService(agent), job, outputs, _Silent())
     if report.exit_status:
-        raise BootError(
+        raise AgentError(
             f"the guest cannot build: its first build ended with status {report.exit_status}", subject=agent.machine
         )

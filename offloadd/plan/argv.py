@@ -183,7 +183,9 @@ def _slots(target: Target, plan: VmPlan) -> list[str]:
         read_only = "off" if slot_is_writable(number) else "on"
         empty = f"driver=null-co,node-name={empty_slot(number)},size={SLOT_BYTES},read-zeroes=on,read-only={read_only}"
         slot = slot_name(number)
-        words += ["-blockdev", empty, *target.device("blk", f"id={slot},drive={empty_slot(number)},serial={slot}")]
+        # A host's disk that is full is the build's trouble whose outputs these are, and not the machine's.
+        on_error = ",werror=report" if slot_is_writable(number) else ""
+        words += ["-blockdev", empty, *target.device("blk", f"id={slot},drive={empty_slot(number)},serial={slot}{on_error}")]
     return words
 
 

@@ -14,7 +14,7 @@ import trio
 
 from offloadd.bridge import Bridge
 from offloadd.digest import sparse_sha256
-from offloadd.errors import BootError
+from offloadd.errors import AgentError, BootError
 from offloadd.guest.agent import Agent
 from offloadd.guest.open import open_guest
 from offloadd.model.quantity import format_date
@@ -25,6 +25,9 @@ from offloadd.vm.instance import Instance, open_instance, while_running
 from offloadd.vm.memory import Saving, copy_memory, open_memory
 
 RAM, STATE, DISK, MANIFEST = "ram", "state", "disk.qcow2", "template.json"
+
+WARM_UP_S = 300.0
+"""For the first build, which takes a second; ten times that where all is emulated on a loaded host."""
 
 WarmUp = Callable[[Agent], Awaitable[None]]
 """Is run in the guest before it is saved, so that its clones find in their memory what every build needs."""
@@ -47,7 +50,9 @@ async def freeze(
 
     Raises:
         BootError: the guest did not come up.
-        MachineLostError: QEMU cannot save it.
+        AgentError, ProtocolError: it does not do what it is asked for.
+        UnsavableError: QEMU cannot save it.
+        MachineLostError: QEMU went away.
         HostError, OSError: the host lacks something, the disk is full.
     """
     ram = open_memory("offload-template", plan.memory_mib << 20)
@@ -64,8 +69,11 @@ async def freeze(
         progress(f"booting {plan.machine} once, to be saved as a template", None)
         async with opened as instance, open_guest(instance, lambda text: None) as agent:
             async with while_running(instance, BootError):
-                await warm_up(agent)
-                await agent.run("/bin/sync")
+                with trio.move_on_after(WARM_UP_S) as limit:
+                    await warm_up(agent)
+                    await agent.run("/bin/sync")
+                if limit.cancelled_caught:
+                    raise AgentError(f"its first build did not end within {WARM_UP_S:.0f} s", subject=plan.machine)
             progress("saving it", None)
             await _save(instance, directory)
         await trio.to_thread.run_sync(copy_memory, ram, directory / RAM)

@@ -12,9 +12,9 @@ from offloadd.model.machine import VmMachine
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
 
-FORMAT = 1
+FORMAT = 2
 """Raised when templates that were made before are of no use any more."""
-DATE = datetime(2000, 1, 1, tzinfo=UTC)
+DATE = datetime(1970, 1, 2, tzinfo=UTC)
 """That of every template: a clone's clock is set, and its boot left no file that is newer than what is built in it."""
 
 
@@ -41,7 +41,7 @@ def template_key(plan: VmPlan) -> TemplateKey:
         "qemu_version": plan.qemu.version,
         # A package's security update may keep the version.
         "qemu_file": [binary.st_size, binary.st_mtime_ns],
-        "accelerator": plan.qemu.accelerator,
+        "accelerator": plan.qemu.accelerator if plan.qemu.accelerator == "tcg" else f"kvm on {_host_cpu()}",
         "machine_type": find_target(plan.system).machine,
         "system": plan.system,
         "cpu": plan.cpu,
@@ -85,3 +85,10 @@ def machine_facts(machine: VmMachine, image_digest: str, qemu: Path) -> dict[str
 def plan_template(plan: VmPlan, instance: str) -> VmPlan:
     """The plan of the guest that is saved."""
     return replace(plan, instance=instance, date=DATE, forwards=())
+
+
+def _host_cpu() -> str:
+    """What a guest sees of this host's processor under KVM: another host, or other microcode, may have other features."""
+    words = ("model name", "flags", "Features", "CPU part")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return json_digest(sorted({line for line in lines if line.startswith(words)}))[:12]

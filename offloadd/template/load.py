@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from offloadd.digest import sparse_sha256
-from offloadd.errors import ImageError
+from offloadd.errors import HostError, ImageError
 from offloadd.model.quantity import format_date
 from offloadd.template.freeze import DISK, MANIFEST, RAM, STATE
 from offloadd.vm.memory import SavedGuest, read_memory, seal_memory
+
+_OURS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EPERM, errno.ENOSYS)
+"""What the host lacks, where others say that the file is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,8 @@ def _load(template: Template, name: str) -> int:
     try:
         fd = read_memory(template.directory / name)
     except OSError as exc:
+        if exc.errno in _OURS:
+            raise HostError(f"cannot be kept in memory: {exc.strerror}", subject=subject, hint="offload doctor") from exc
         raise ImageError(f"{name}: {exc.strerror}", subject=subject) from exc
     try:
         size = os.fstat(fd).st_size

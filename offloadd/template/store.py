@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import trio
 
 from offloadd.cache import Cache
-from offloadd.errors import ImageError, NotFoundError, UsageError
+from offloadd.errors import ImageError, NotAllowedError, NotFoundError, UsageError
 from offloadd.process import Progress, silent
 from offloadd.template.freeze import MANIFEST
 from offloadd.template.load import Template, load_template, read_template
@@ -145,11 +146,34 @@ class TemplateStore:
             loaded.close()
         return await self._cache.remove(digest)
 
+    async def discard(self, saved: SavedGuest) -> None:
+        """Remove the template that `saved` is of, unless it was made anew since.
+
+        Raises:
+            NotAllowedError: it is being made.
+        """
+        loaded = self._loaded.get(saved.digest)
+        if loaded is None or loaded.saved is saved:
+            await self.remove(saved.digest)
+
+    async def drop_old(self, age_s: float, most: int) -> Sequence[str]:
+        """Remove those that nobody has used for `age_s` seconds, and all but the `most` used last; their digests."""
+        found = sorted(await trio.to_thread.run_sync(self.list), key=lambda template: -template.used)
+        old = [template for index, template in enumerate(found) if index >= most or time.time() - template.used > age_s]
+        return await self.remove_all(template.digest for template in old)
+
+    async def remove_all(self, digests: Iterable[str]) -> Sequence[str]:
+        """Remove those that nobody makes just now; the digests removed."""
+        removed = []
+        for digest in digests:
+            with suppress(NotAllowedError):
+                removed += [digest] if await self.remove(digest) else []
+        return removed
+
     async def gc(self, keep: Collection[str]) -> Sequence[str]:
         """Remove all whose digest is not in `keep`, and what killed makers left; the digests removed."""
-        removed = await self._cache.gc(keep)
-        for digest in removed:
-            await self.remove(digest)
+        removed = await self.remove_all(sorted(self.digests() - set(keep)))
+        await self._cache.sweep()
         return removed
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from offloadd.bridge import Bridge
-from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError
+from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError, UnsavableError
 from offloadd.nursery import open_narrow_nursery
 from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import VmPlan
@@ -149,18 +149,24 @@ class Instance:
 
         The memory is in its own file already.
         Raises:
-            MachineLostError: QEMU cannot; the text says why.
+            UnsavableError: QEMU cannot; the text says why.
+            MachineLostError: QEMU went away.
         """
         await self._qmp.execute("stop")
         await self._leave_memory_out()
         await self._qmp.give(state, "state")
-        await self._qmp.execute("migrate", uri="fd:state")
+        try:
+            await self._qmp.execute("migrate", uri="fd:state")
+        except MachineLostError as exc:
+            if await self._qmp.answers():
+                raise UnsavableError(exc.what, subject=self.name) from exc
+            raise
         with trio.move_on_after(CONTACT_S):
             while (status := await self._qmp.execute("query-migrate")).get("status") not in ("completed", "failed"):  # noqa: ASYNC110
                 await trio.sleep(0.005)
             if status["status"] == "completed":
                 return
-            raise MachineLostError(f"QEMU cannot save it: {status.get('error-desc', 'no reason')}", subject=self.name)
+            raise UnsavableError(f"QEMU cannot save it: {status.get('error-desc', 'no reason')}", subject=self.name)
         raise MachineLostError(f"QEMU did not save it within {CONTACT_S:.0f} s", subject=self.name)
 
     async def _go_on(self, saved: SavedGuest) -> None:

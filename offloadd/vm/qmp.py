@@ -64,6 +64,14 @@ class Qmp:
                 refusal = f"QEMU refused {command}: {exc}"
         raise MachineLostError(refusal, subject=self.instance)
 
+    async def answers(self) -> bool:
+        """Whether QEMU is still there."""
+        try:
+            await self.execute("query-name")
+        except MachineLostError:
+            return False
+        return True
+
     async def human(self, command: str) -> str:
         """Run a command of the human monitor, for what QMP does not have."""
         return str(await self.execute("human-monitor-command", command_line=command))
@@ -127,7 +135,7 @@ class Qmp:
                     return
                 async for event in errors:
                     data = event["data"]
-                    if isinstance(data, dict) and data.get("nospace"):
+                    if isinstance(data, dict) and data.get("nospace") and data.get("action") == "stop":
                         return
 
         with _mapped("QEMU went away", self.instance):

@@ -208,9 +208,7 @@ async def test_cancelling_a_read_leaves_the_channel_usable(agent: Agent) -> None
 
 async def test_leaving_the_block_hangs_up(agent: Agent, real: RealAgent, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
-    async with agent.open_process(
-        SH, "-c", f"trap 'echo hup > {seen}; exit' HUP; echo started; sleep 60 & wait"
-    ) as process:
+    async with agent.open_process(SH, "-c", f"trap 'echo hup > {seen}; exit' HUP; echo started; sleep 60 & wait") as process:
         assert await process.receive() == b"started\n"
     await until(seen.exists)
     async with agent.open_process(SH, "-c", f"trap '' HUP; echo started; cat; echo ended > {seen}") as process:

@@ -277,6 +277,7 @@ def test_explain_is_one_document(daemon: StubDaemon) -> None:
         "RANK  MACHINE  KIND   WHY",
         "1     local    local  native",
         "-     tower    ssh    no: is drained",
+        "source   2.0 KiB: in frames",
     ]
     daemon.answers["POST /v1/route"] = decision("x86_64-linux", None)
     daemon.run(*arguments, "--", "make", status=4)

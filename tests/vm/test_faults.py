@@ -117,8 +117,8 @@ def upgraded(own: World) -> Upgraded:
     return qemu
 
 
-def test_a_template_of_an_older_qemu_is_not_used(own: World, upgraded: Upgraded, tmp_path: Path) -> None:
-    upgraded.be_version("pc")
+def test_a_template_of_another_qemu_is_not_used(own: World, upgraded: Upgraded, tmp_path: Path) -> None:
+    upgraded.be_version("pc-i440fx-7.2")
     upgraded.install(1)
     older = made_in(own, tmp_path / "first", "--machine", "packaged")
     upgraded.install(2)
@@ -126,25 +126,17 @@ def test_a_template_of_an_older_qemu_is_not_used(own: World, upgraded: Upgraded,
     assert older != newer
     stale = {row["digest"]: row["stale"] for row in own.json("template", "list")}
     assert (stale[older], stale[newer]) == ("saved by another QEMU", "")
-    # Nobody has to do anything for that.
-    record, told = build(own, tmp_path / "third", "--machine", "packaged")
-    assert (record["guest"], MADE in told) == ("clone", False)
 
-
-def test_a_template_that_qemu_refuses_gives_way_to_a_boot(own: World, upgraded: Upgraded, tmp_path: Path) -> None:
-    upgraded.be_version("pc-i440fx-7.2")
-    upgraded.install(3)
-    digest = made_in(own, tmp_path / "first", "--machine", "packaged")
-    # Of this, no fact of the template tells.
+    # Of this, no fact of the template tells: QEMU has become another one between the template's loading and the clone's start.
     upgraded.be_version("pc-i440fx-7.1")
-    record, told = build(own, tmp_path / "second", "--machine", "packaged")
+    record, told = build(own, tmp_path / "third", "--machine", "packaged")
     assert (record["guest"], record["state"]) == ("boot", "succeeded")
     [why] = [line for line in told.splitlines() if OF_NO_USE in line]
     assert "Machine type received is 'pc-i440fx-7.2' and local is 'pc-i440fx-7.1'" in why
-    assert digest not in templates(own)
+    assert newer not in templates(own)
 
-    record, told = build(own, tmp_path / "third", "--machine", "packaged")
-    assert (record["guest"], MADE in told, digest in templates(own)) == ("clone", True, True)
+    record, told = build(own, tmp_path / "fourth", "--machine", "packaged")
+    assert (record["guest"], MADE in told, newer in templates(own)) == ("clone", True, True)
     own.assert_nothing_left()
 
 
@@ -391,4 +383,4 @@ def test_fifty_starts_and_kills_leave_nothing(own: World, tmp_path: Path) -> Non
     assert (record["guest"], MADE in told) == ("clone", False)
     for digest in templates(own):
         own.run("template", "rm", digest)
-    assert at_rest(own).memory_files == 0
+    assert footprint(own).memory_files == 0

@@ -1,5 +1,6 @@
 """Disks that carry what is too much for frames: the source in, the outputs out.  And how a disk is found."""
 
+import errno
 import os
 import time
 
@@ -10,16 +11,33 @@ TIMEOUT_S = 10.0
 
 
 def find_disk(sys_root, serial):
-    """The device of the disk with this serial."""
-    # It may just have been plugged in, and there is no udev to wait for.
+    """The device of the disk with this serial, which nobody else uses.
+
+    What was in a drive before may still be mounted, by a build that is just ending: the kernel would go on with what it knows
+    of that one.
+    """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
+        why = "did not come"
         for name in os.listdir(sys_root + "/block"):
             if _serial(f"{sys_root}/block/{name}") == serial and os.path.exists("/dev/" + name):
-                return "/dev/" + name
+                if _is_free("/dev/" + name):
+                    return "/dev/" + name
+                why = "was not let go of by an earlier build"
         if time.monotonic() > deadline:
-            raise Trouble(f"no disk {serial} came within {TIMEOUT_S:g} s")
+            raise Trouble(f"the disk {serial} {why} within {TIMEOUT_S:g} s")
         time.sleep(0.02)
+
+
+def _is_free(device):
+    """Whether nothing of the device is mounted (open(2): O_EXCL without O_CREAT)."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            return False
+        raise
+    return True
 
 
 def _serial(folder):

@@ -4,7 +4,7 @@ import _signal
 import os
 import time
 
-from guest_agent.identity import seed, set_mac, set_machine_id
+from guest_agent.identity import seed, set_mac, set_machine_id, set_rtc
 
 
 def clock(given):
@@ -12,7 +12,8 @@ def clock(given):
     if given.get("date") is not None:
         # Linux has no clock that is younger than the boot.
         time.clock_settime(time.CLOCK_REALTIME, max(given["date"], time.monotonic() + 0.01))
-    return {"clock": time.time()}
+        set_rtc(time.gmtime())
+    return {"clock": time.time(), "uptime": time.monotonic()}
 
 
 def identify(given):
@@ -20,7 +21,11 @@ def identify(given):
     seed(bytes.fromhex(given["seed"]))
     set_machine_id(given["machine_id"])
     if given.get("mac"):
-        set_mac("eth0", bytes.fromhex(given["mac"].replace(":", "")))
+        try:
+            set_mac("eth0", bytes.fromhex(given["mac"].replace(":", "")))
+        except OSError:
+            # A machine without a network has no address.
+            pass
     return clock(given)
 
 
