@@ -150,7 +150,7 @@ SLOTS = [
     *("-blockdev", "driver=null-co,node-name=empty1,size=1099511627776,read-zeroes=on,read-only=on"),
     *("-device", "virtio-blk-pci,id=slot1,drive=empty1,serial=slot1"),
     *("-blockdev", "driver=null-co,node-name=empty2,size=1099511627776,read-zeroes=on,read-only=off"),
-    *("-device", "virtio-blk-pci,id=slot2,drive=empty2,serial=slot2"),
+    *("-device", "virtio-blk-pci,id=slot2,drive=empty2,serial=slot2,werror=report"),
 ]
 
 
@@ -219,7 +219,8 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
         f"virtio-serial-{bus},max_ports=2",
         "virtserialport,chardev=agent,name=org.offload.agent",
         f"virtio-blk-{bus},drive=root,serial=root",
-        *(f"virtio-blk-{bus},id=slot{number},drive=empty{number},serial=slot{number}" for number in range(3)),
+        *(f"virtio-blk-{bus},id=slot{number},drive=empty{number},serial=slot{number}" for number in range(2)),
+        f"virtio-blk-{bus},id=slot2,drive=empty2,serial=slot2,werror=report",
         "virtio-net-pci,netdev=net0,romfile=" if bus == "pci" else "virtio-net-ccw,netdev=net0",
         f"virtio-rng-{bus},rng=rng0",
     ]
@@ -296,7 +297,9 @@ def test_drives_are_named_once_and_every_third_can_be_written_to() -> None:
     drives = [word for word in options(argv, "-device") if "slot" in word]
     empty = [word for word in options(argv, "-blockdev") if "null-co" in word]
     assert drives == [
-        f"virtio-blk-pci,id={slot_name(number)},drive={empty_slot(number)},serial={slot_name(number)}" for number in range(12)
+        f"virtio-blk-pci,id={slot_name(number)},drive={empty_slot(number)},serial={slot_name(number)}"
+        + (",werror=report" if slot_is_writable(number) else "")
+        for number in range(12)
     ]
     assert [word.endswith("read-only=off") for word in empty] == [number % 3 == 2 for number in range(12)]
     assert [slot_is_writable(number) for number in range(6)] == [False, False, True] * 2

@@ -18,14 +18,14 @@ def find_disk(sys_root, serial):
     """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        why = "did not come"
+        why = f"no disk {serial} came"
         for name in os.listdir(sys_root + "/block"):
             if _serial(f"{sys_root}/block/{name}") == serial and os.path.exists("/dev/" + name):
                 if _is_free("/dev/" + name):
                     return "/dev/" + name
-                why = "was not let go of by an earlier build"
+                why = f"an earlier build did not let go of the disk {serial}"
         if time.monotonic() > deadline:
-            raise Trouble(f"the disk {serial} {why} within {TIMEOUT_S:g} s")
+            raise Trouble(f"{why} within {TIMEOUT_S:g} s")
         time.sleep(0.02)
 
 

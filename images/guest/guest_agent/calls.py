@@ -21,7 +21,7 @@ def identify(given):
     seed(bytes.fromhex(given["seed"]))
     set_machine_id(given["machine_id"])
     if given.get("mac"):
-        try:
+        try:  # noqa: SIM105  contextlib is slow to import
             set_mac("eth0", bytes.fromhex(given["mac"].replace(":", "")))
         except OSError:
             # A machine without a network has no address.
