@@ -16,6 +16,7 @@ import trio
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.own_fault import own_fault
 from offloadd.daemon.perform import ActiveBuild, Performer
 from offloadd.daemon.pool import Pool
 from offloadd.daemon.work import check_kept, choose_system, find_needs
@@ -209,6 +210,9 @@ class Builds:
             state, error = BuildState.ERRORED, exc
         except OSError as exc:
             state, error = BuildState.ERRORED, host_error(exc, active.id, active.folder)
+        except Exception as exc:
+            # It must not take the other builds and the machines along.
+            state, error = BuildState.ERRORED, own_fault(exc, active.request.name)
         finally:
             if active.cancelled and state is BuildState.ERRORED:
                 state = BuildState.CANCELLED  # what broke while everything was torn down

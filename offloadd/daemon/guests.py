@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from offloadd.errors import (
     ImageError,
     MachineLostError,
     NotAllowedError,
+    OffloadError,
     ProtocolError,
     UnsavableError,
 )
@@ -172,10 +174,15 @@ class Guests:
     async def _make(self, plan: VmPlan, key: TemplateKey, tell: Progress, directory: Path) -> None:
         shop, name = self.shop, f"template-{key.digest[:12]}"
         with shop.cores.share(plan.cpu_count) as cores:
-            bench = Workbench(
-                instances=shop.paths.instances, logs=shop.paths.logs / "templates" / name, bridge=shop.bridge, cores=cores
-            )
-            await freeze(plan_template(plan, name), key, bench, warm_up, directory, tell)
+            began = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+            logs = shop.paths.logs / plan.machine / f"{began}-template"
+            bench = Workbench(instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores)
+            try:
+                await freeze(plan_template(plan, name), key, bench, warm_up, directory, tell)
+            except OffloadError as exc:
+                # It is the machine that its user knows.
+                exc.subject = plan.machine
+                raise
         # Each date may want a CPU of its own: what was made once must not lie there for ever.
         await shop.templates.drop_old(KEEP_TEMPLATES_S, MAX_TEMPLATES)
 

@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from offloadd.daemon.guests import Guests
+from offloadd.daemon.own_fault import own_fault
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     AgentError,
@@ -162,6 +163,9 @@ class Machines:
             running.error = exc
         except OSError as exc:
             running.error = host_error(exc, name, self._workshop.paths.state)
+        except Exception as exc:
+            # It must not take the builds and the other machines along.
+            running.error = own_fault(exc, name)
         finally:
             self._forget(running)
 

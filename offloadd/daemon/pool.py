@@ -18,6 +18,7 @@ import trio
 from offloadd.daemon.guests import NO_CLONE, FreshGuest, Guests, open_fresh
 from offloadd.daemon.host_memory import HostMemory, read_host_memory
 from offloadd.daemon.keeping import Facts, Idle, Want, judge_pool
+from offloadd.daemon.own_fault import own_fault
 from offloadd.errors import BootError, HostError, MachineLostError, OffloadError
 from offloadd.guest.open import set_clock
 from offloadd.model.machine import VmMachine
@@ -256,6 +257,9 @@ class Pool:
             if clone is None or not clone.taken.is_set():
                 self._failed[digest] = trio.current_time()
             log.warning("a waiting clone has failed", machine=machine, why=str(exc))
+        except Exception as exc:
+            self._failed[digest] = trio.current_time()
+            own_fault(exc, machine)
         finally:
             if clone is None:
                 self._making = None

@@ -98,6 +98,8 @@ async def test_a_source_that_never_comes(shop: Workshop, autojump_clock: trio.te
         (SshError("broken"), "errored", 75),
         (OSError(28, "No space left on device"), "errored", 75),
         (PermissionError(13, "Permission denied", "/x"), "errored", 75),
+        # Our own fault: one build ends by it, not the daemon with all of them.
+        (KeyError("never thought of"), "errored", 75),
     ],
 )
 async def test_each_end_has_its_state(
