@@ -94,9 +94,11 @@ async def collect_templates(shop: Workshop) -> Sequence[str]:
     now = time.time()
     # Only what was looked at: others may be made meanwhile.
     return await shop.templates.remove_all(
-        template.digest
-        for template in found
-        if why_stale(template.machine, template.facts, expected) or now - template.used > KEEP_TEMPLATES_S
+        sorted(
+            template.digest
+            for template in found
+            if why_stale(template.machine, template.facts, expected) or now - template.used > KEEP_TEMPLATES_S
+        )
     )
 
 
