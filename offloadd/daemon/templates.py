@@ -89,17 +89,17 @@ async def remove_template(shop: Workshop, beginning: str) -> dict[str, Any]:
 
 async def collect_templates(shop: Workshop) -> Sequence[str]:
     """Remove those that no declared machine would use now, and those of which nobody made a guest for a month."""
+    # Those that are made meanwhile were not looked at; those that are damaged are not in the list.
+    known = shop.templates.digests()
     found = await trio.to_thread.run_sync(shop.templates.list)
     expected = await expected_facts(shop, {template.facts.get("image") for template in found})
     now = time.time()
-    # Only what was looked at: others may be made meanwhile.
-    return await shop.templates.remove_all(
-        sorted(
-            template.digest
-            for template in found
-            if why_stale(template.machine, template.facts, expected) or now - template.used > KEEP_TEMPLATES_S
-        )
-    )
+    keep = {
+        template.digest
+        for template in found
+        if not why_stale(template.machine, template.facts, expected) and now - template.used < KEEP_TEMPLATES_S
+    }
+    return await shop.templates.gc(keep, known)
 
 
 async def expected_facts(shop: Workshop, images: Iterable[object]) -> dict[str, dict[str, Any]]:

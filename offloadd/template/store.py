@@ -170,9 +170,13 @@ class TemplateStore:
                 removed += [digest] if await self.remove(digest) else []
         return removed
 
-    async def gc(self, keep: Collection[str]) -> Sequence[str]:
-        """Remove all whose digest is not in `keep`, and what killed makers left; the digests removed."""
-        removed = await self.remove_all(sorted(self.digests() - set(keep)))
+    async def gc(self, keep: Collection[str], among: Collection[str] | None = None) -> Sequence[str]:
+        """Remove all whose digest is not in `keep`, and what killed makers left; the digests removed.
+
+        Args:
+            among: those that may go; by default all that are there now.
+        """
+        removed = await self.remove_all(sorted(set(self.digests() if among is None else among) - set(keep)))
         await self._cache.sweep()
         return removed
 
