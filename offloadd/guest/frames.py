@@ -36,15 +36,26 @@ class Frame:
 
     def json(self) -> dict[str, Any]:
         """The payload as a JSON object; ProtocolError when it is none."""
-        try:
-            value = json.loads(self.payload.decode("utf-8"))
-            # Half a surrogate pair ("\\ud800") is JSON, but no text that could be stored or shown again.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"the guest sent a frame {self.kind!r} that is not JSON") from exc
-        if not isinstance(value, dict):
-            raise ProtocolError(f"the guest sent a frame {self.kind!r} that is not a JSON object")
-        return value
+        return read_object(self.payload, f"the guest sent a frame {self.kind!r}")
+
+
+def read_object(payload: bytes, sent: str) -> dict[str, Any]:
+    """A guest's JSON object.
+
+    Args:
+        sent: who sent what, for errors: `the guest sent a frame b'E'`.
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        value = json.loads(payload.decode("utf-8"))
+        # Half a surrogate pair ("\\ud800") is JSON, but no text that could be stored or shown again.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"{sent} that is not JSON") from exc
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{sent} that is not a JSON object")
+    return value
 
 
 def encode(kind: bytes, payload: bytes = b"") -> bytes:

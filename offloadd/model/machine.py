@@ -18,7 +18,7 @@ from offloadd.model.system import SYSTEMS, SystemName
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 SSH_PORT = 22
-"""The guest's port of the secret service (Guix's number)."""
+"""The guest's port on which whoever uses the machine logs in."""
 
 
 class Machine(Value):

@@ -67,7 +67,7 @@ async def open_in_guest(instance: Instance, agent: Agent, environment: Path, *, 
 
 
 class GuestDisks:
-    """The disks that were plugged into a guest for one build."""
+    """The disks that were put into a guest's drives for one build."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -80,7 +80,7 @@ class GuestDisks:
         return serial
 
     async def take_back(self) -> None:
-        """Take all of them out of a machine that lives on.  A guest that keeps one costs a slot of its bus, not the build."""
+        """Take all of them out of a machine that lives on.  One that stays costs a drive, not the build."""
         with trio.CancelScope(shield=True):
             async with open_narrow_nursery() as nursery:
                 for serial in self._serials:

@@ -81,7 +81,11 @@ class Drives:
             if number not in self._taken and slot_is_writable(number) == writable:
                 self._taken.add(number)
                 return number
-        raise MachineLostError("all of its drives are taken", subject=self._qmp.instance, hint="fewer builds in it at a time")
+        raise MachineLostError(
+            "all of its drives are taken",
+            subject=self._qmp.instance,
+            hint="fewer builds in it at a time; or stop and start it: offload vm stop",
+        )
 
     async def _add(self, fd: int, number: int, *, writable: bool) -> None:
         async with self._qmp.handed_over(fd) as name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,8 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offloadd.vm.overlay import CLUSTER_BITS, MAX_SIZE, write_overlay
-
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 
 SECTOR = 512
 CLUSTER = 1 << CLUSTER_BITS

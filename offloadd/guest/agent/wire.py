@@ -10,12 +10,12 @@ The guest is hostile: `Decoder` refuses what does not keep to this before it kee
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import dataclass
 from typing import Any
 
 from offloadd.errors import AgentError, ProtocolError
+from offloadd.guest.frames import read_object
 
 VERSION = 1
 MAX_PAYLOAD = 64 * 1024
@@ -45,15 +45,7 @@ class Frame:
 
     def json(self) -> dict[str, Any]:
         """The payload as a JSON object; ProtocolError when it is none."""
-        try:
-            value = json.loads(self.payload.decode("utf-8"))
-            # Half a surrogate pair ("\\ud800") is JSON, but no text that could be stored or shown again.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"the agent sent a frame {self.kind!r} that is not JSON") from exc
-        if not isinstance(value, dict):
-            raise ProtocolError(f"the agent sent a frame {self.kind!r} that is not a JSON object")
-        return value
+        return read_object(self.payload, f"the agent sent a frame {self.kind!r}")
 
 
 def encode(kind: bytes, channel: int, payload: bytes | memoryview = b"") -> bytes:
