@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ class Workplace:
         ssh, secrets = _free_ports()
         text = _MACHINE.format(name=name, ssh=ssh, secrets=secrets)
         (self.paths.config / "machines" / f"{name}.yaml").write_text(text + more)
+
+    def wait_for_clone(self, count: int, limit_s: float = 60) -> None:
+        """Wait until the daemon's log has told so many times that a clone waits.  Raises BenchError when it does not."""
+        deadline = time.monotonic() + limit_s
+        while self.paths.daemon_log.read_text().count("a clone waits") < count:
+            if time.monotonic() > deadline:
+                raise BenchError(f"no clone waits after {limit_s:.0f} s")
+            time.sleep(0.1)
 
     def ask(self, *arguments: str) -> Any:
         """What a reading command says with `--json`. Raises BenchError when it fails."""
