@@ -56,6 +56,8 @@ class FreshGuest:
     instance: Instance
     agent: Agent
     origin: Origin
+    environment: Path | None = None
+    """Its disk, which the guest has mounted at `place.vm.MOUNTED`; None: none."""
 
 
 @asynccontextmanager

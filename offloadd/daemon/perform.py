@@ -258,11 +258,12 @@ class Performer:
             return
         self.move(active, BuildState.BOOTING)
         began = trio.current_time()
-        opened = self.pool.open(plan, machine, active.tell, logs=active.folder)
+        opened = self.pool.open(plan, machine, environment.path, active.tell, logs=active.folder)
         async with opened as guest:
             active.result |= {"boot_s": round(trio.current_time() - began, 3), "guest": guest.origin}
             active.tell(f"{_ORIGINS[guest.origin]} of {machine.name} at {format_date(plan.date)} on {plan.cpu}")
-            async with open_in_guest(guest.instance, guest.agent, environment.path, own=True) as place:
+            placed = open_in_guest(guest.instance, guest.agent, environment.path, own=True, mounted=guest.environment)
+            async with placed as place:
                 yield place
 
     @asynccontextmanager

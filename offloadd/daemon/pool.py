@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -23,6 +23,7 @@ from offloadd.errors import BootError, HostError, MachineLostError, OffloadError
 from offloadd.guest.open import set_clock
 from offloadd.model.machine import VmMachine
 from offloadd.nursery import open_narrow_nursery
+from offloadd.place.vm import MOUNTED, mount_environment
 from offloadd.place.warm_up import warm_up
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress, silent
@@ -78,6 +79,8 @@ class WaitingClone:
 class _Wanted:
     want: Want
     plan: VmPlan
+    environment: Path
+    """The disk of the last build's; the next one may well be in the same."""
 
     def is_of(self, images: Collection[str], templates: Collection[str]) -> bool:
         return self.plan.boot.digest in images or self.want.digest in templates
@@ -119,15 +122,21 @@ class Pool:
         return list(self._waiting.values())
 
     @asynccontextmanager
-    async def open(self, plan: VmPlan, machine: VmMachine, tell: Progress, *, logs: Path) -> AsyncIterator[FreshGuest]:
-        """A fresh guest for a build: one that waits, else as `Guests.open`, which has the arguments and errors."""
+    async def open(
+        self, plan: VmPlan, machine: VmMachine, environment: Path, tell: Progress, *, logs: Path
+    ) -> AsyncIterator[FreshGuest]:
+        """A fresh guest for a build: one that waits, else as `Guests.open`, which has the other arguments and the errors.
+
+        Args:
+            environment: the disk of the build's, which those that wait next will have mounted.
+        """
         async with AsyncExitStack() as stack:
             self._last_move = trio.current_time()
             guest = await self._take(stack, plan, machine, logs)
             if guest is None:
                 opened = self._guests.open(plan, machine, tell, logs=logs, purpose="build")
                 guest = await stack.enter_async_context(opened)
-            self._note_use(plan, machine, cloned=guest.origin != "boot")
+            self._note_use(plan, machine, environment, cloned=guest.origin != "boot")
             try:
                 yield guest
             finally:
@@ -182,19 +191,19 @@ class Pool:
                 await instance.hand_over(plan, "build", logs)
                 agent.machine = plan.instance
                 await set_clock(agent, instance.record.clock())
-                yield FreshGuest(instance=instance, agent=agent, origin="warm")
+                yield replace(clone.guest, origin="warm")
         finally:
             clone.done_with.set()
             with trio.CancelScope(shield=True):
                 await clone.ended.wait()
 
-    def _note_use(self, plan: VmPlan, machine: VmMachine, *, cloned: bool) -> None:
+    def _note_use(self, plan: VmPlan, machine: VmMachine, environment: Path, *, cloned: bool) -> None:
         if not machine.warm or not cloned:
             self._wanted.pop(machine.name, None)
             return
         digest, now = template_key(plan).digest, trio.current_time()
         want = Want(machine=machine.name, digest=digest, count=machine.warm, memory_mib=plan.memory_mib, used=now)
-        self._wanted[machine.name] = _Wanted(want=want, plan=plan)
+        self._wanted[machine.name] = _Wanted(want=want, plan=plan, environment=environment)
         self._woken.set()
 
     # Beside the builds
@@ -289,9 +298,19 @@ class Pool:
             opened = open_fresh(shop, plan, silent, cores=cores, logs=None, purpose="warm", saved=saved)
             guest = await stack.enter_async_context(opened)
             async with while_running(guest.instance, BootError):
-                await warm_up(guest.agent)
+                guest = replace(guest, environment=await _show(guest, wanted.environment))
+                await warm_up(guest.agent, MOUNTED if guest.environment else None)
             await guest.instance.pause()
         return WaitingClone(wanted.want, guest)
+
+
+async def _show(guest: FreshGuest, environment: Path) -> Path | None:
+    """Have the guest mount the environment's disk; None when that is gone."""
+    try:
+        await mount_environment(guest.instance, guest.agent, environment)
+    except HostError:
+        return None
+    return environment
 
 
 @asynccontextmanager

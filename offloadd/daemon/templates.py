@@ -15,7 +15,7 @@ from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError, UsageError
 from offloadd.model.machine import VmMachine
 from offloadd.model.template import TemplateRequest
-from offloadd.plan.machine import DISKS_OF_A_BUILD, default_qemu, plan_for_build
+from offloadd.plan.machine import DISKS_OF_A_CLONE, default_qemu, plan_for_build
 from offloadd.process import Progress
 from offloadd.template.key import machine_facts, template_key
 from offloadd.template.load import Template
@@ -150,7 +150,7 @@ def has_template(machine: VmMachine, image_digest: str, qemu: Path, templates: I
     if not machine.template or not image_digest:
         return False
     try:
-        wanted = machine_facts(machine, image_digest, qemu) | {"disk_slots": DISKS_OF_A_BUILD}
+        wanted = machine_facts(machine, image_digest, qemu) | {"disk_slots": DISKS_OF_A_CLONE}
     except (OffloadError, OSError):
         return False
     return any(_fits(facts, wanted) for facts in templates)

@@ -16,6 +16,9 @@ from offloadd.nursery import open_narrow_nursery
 from offloadd.place.place import Place
 from offloadd.vm.instance import Instance, while_running
 
+MOUNTED = "/run/offload/environment"
+"""Where a guest shows the environment that was mounted in it before its build came."""
+
 
 class GuestService:
     """The build service of a guest, which its agent has loaded already."""
@@ -37,11 +40,25 @@ class AgentShell:
         return self._agent.open_process("/bin/sh", "-c", command)
 
 
+async def mount_environment(instance: Instance, agent: Agent, environment: Path) -> None:
+    """Have the guest show the environment's disk at MOUNTED from now on.
+
+    Raises:
+        AgentError: it cannot.
+        HostError: there is no such disk any more.
+        MachineLostError: the machine has ended.
+    """
+    await agent.call("mount", serial=await instance.attach_disk(environment), path=MOUNTED)
+
+
 @asynccontextmanager
-async def open_in_guest(instance: Instance, agent: Agent, environment: Path, *, own: bool) -> AsyncIterator[Place]:
+async def open_in_guest(
+    instance: Instance, agent: Agent, environment: Path, *, own: bool, mounted: Path | None = None
+) -> AsyncIterator[Place]:
     """A place in a guest that runs, with the environment's disk plugged in.
 
     Args:
+        mounted: the disk that the guest shows at MOUNTED already.
         own: the guest was booted for this build alone, so that its clock is ours to set.
     Raises:
         MachineLostError: the instance ended under the build.
@@ -52,7 +69,7 @@ async def open_in_guest(instance: Instance, agent: Agent, environment: Path, *, 
     disks = GuestDisks(instance)
     async with while_running(instance, MachineLostError):
         try:
-            serial = await disks.attach(environment)
+            serial = MOUNTED if mounted == environment else await disks.attach(environment)
             yield Place(
                 service=GuestService(agent),
                 environment=serial,

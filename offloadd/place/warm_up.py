@@ -1,4 +1,4 @@
-"""What a guest does before it is saved as a template: a build of nothing.
+"""What a guest does before it is saved as a template, and a clone before it waits: a build of nothing.
 
 All that every build needs is in the memory of its clones afterwards: programs, libraries, and the build service's own pages.
 """
@@ -29,8 +29,8 @@ class _Silent:
     def collecting(self) -> None: ...
 
 
-async def warm_up(agent: Agent) -> None:
-    """Build nothing, in the guest's own system.
+async def warm_up(agent: Agent, environment: str | None = None) -> None:
+    """Build nothing, in the environment that is mounted there, or in the guest's own system.
 
     Raises:
         AgentError, ProtocolError: the guest cannot build.
@@ -50,7 +50,7 @@ async def warm_up(agent: Agent) -> None:
             env={},
             outputs=("made",),
             source=folder / "source.tar",
-            environment=None,
+            environment=environment,
             set_clock=None,
             expected_clock=lambda: clock + trio.current_time() - began,
             timeout_s=_LIMIT_S,

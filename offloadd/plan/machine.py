@@ -16,6 +16,8 @@ from offloadd.plan.target import find_target
 
 DISKS_OF_A_BUILD = 3
 """Its environment, its source, its outputs."""
+DISKS_OF_A_CLONE = DISKS_OF_A_BUILD + 1
+"""Those of one build, and the environment that it has had mounted while it waited."""
 MAX_BUILDS_INSIDE = 4
 """Of one machine: a PC has 32 places on its bus in all."""
 
@@ -112,7 +114,7 @@ def plan_for_build(
         UsageError: the machine's clock does not hold the date, or the clock of what is built.
         NoMachineError: this QEMU does not know the CPU model.
     """
-    moved = replace(plan, instance=instance, date=date or plan.date, forwards=(), disk_slots=DISKS_OF_A_BUILD)
+    moved = replace(plan, instance=instance, date=date or plan.date, forwards=(), disk_slots=DISKS_OF_A_CLONE)
     try:
         for kind in (plan.system, system or plan.system):
             check_clock_holds(moved.date, kind)

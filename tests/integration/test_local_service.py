@@ -206,6 +206,15 @@ async def test_the_personality(host: Host, personality: str | None, machine: str
     assert host.log.split() == [machine, machine]
 
 
+async def test_addresses_are_not_randomized(host: Host) -> None:
+    # Stack and heap of two processes; linux/personality.h has the number.
+    await host.build("for _ in 1 2; do grep -E 'stack|heap' /proc/self/maps | cut -d' ' -f1; done; cat /proc/self/personality")
+    *maps, personality = host.log.split()
+    assert maps
+    assert maps[: len(maps) // 2] == maps[len(maps) // 2 :]
+    assert int(personality, 16) & 0x0040000
+
+
 async def test_without_the_network(host: Host) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         step = f"grep -c : /proc/net/dev; exec 3<>/dev/tcp/127.0.0.1/{server.getsockname()[1]} && echo connected"

@@ -13,7 +13,7 @@ import pytest
 from offloadd.client import Client
 from offloadd.errors import NoMachineError, NotFoundError, UsageError
 from offloadd.model.machine import BuildVm
-from offloadd.plan.machine import DISKS_OF_A_BUILD
+from offloadd.plan.machine import DISKS_OF_A_CLONE
 from offloadd.template.freeze import MANIFEST
 from offloadd.template.key import machine_facts
 from offloadd.vm.record import InstanceRecord, read_record, write_record
@@ -32,7 +32,7 @@ def place(daemon: Daemon, client: Client, digest: str, **changes: Any) -> Path:
     """A template as the daemon would make it for the machine `vm` now, but for the changes."""
     image = next(row["digest"] for row in client.get("/v1/images") if row["name"] == "debian")
     made_of = machine_facts(BuildVm.model_validate(FILE), image, Path(FILE["qemu"]))
-    more = {"cpu": "Haswell", "disk_slots": DISKS_OF_A_BUILD, "accelerator": "tcg", "qemu_version": "7.2"}
+    more = {"cpu": "Haswell", "disk_slots": DISKS_OF_A_CLONE, "accelerator": "tcg", "qemu_version": "7.2"}
     return place_template(daemon.paths.cache / "templates", digest, {**made_of, **more, **changes}, "vm")
 
 

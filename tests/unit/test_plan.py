@@ -11,7 +11,7 @@ import pytest
 from offloadd.errors import NoMachineError, UsageError
 from offloadd.plan.argv import MemoryFds, QemuFds, empty_slot, qemu_argv, slot_is_writable, slot_name
 from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
-from offloadd.plan.machine import DISKS_OF_A_BUILD, default_qemu, plan_for_build, plan_vm
+from offloadd.plan.machine import DISKS_OF_A_CLONE, default_qemu, plan_for_build, plan_vm
 from offloadd.plan.target import TARGETS
 
 from .plans import BOOT, X86_MODELS, day, emulated_plan, facts, machine, plan
@@ -99,7 +99,7 @@ def test_the_plan_of_a_machine() -> None:
 def test_the_plan_of_a_build_has_its_own_name_date_and_cpu_and_no_ports() -> None:
     moved = plan_for_build(plan(parallel_builds=3), "build-1", date=day("2009-01-01"), cpu=None, pinned_cpu=False)
     assert (moved.instance, moved.machine, moved.cpu, moved.date) == ("build-1", "m", "Nehalem", day("2009-01-01"))
-    assert (moved.forwards, moved.disk_slots) == ((), DISKS_OF_A_BUILD)
+    assert (moved.forwards, moved.disk_slots) == ((), DISKS_OF_A_CLONE)
 
 
 @pytest.mark.parametrize(("builds", "slots"), [(1, 3), (2, 6), (4, 12), (5, 12), (64, 12)])
@@ -213,7 +213,7 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
     assert options(argv, "-cpu") == [model]
     assert options(argv, "-rtc") == ["base=2020-01-01T00:00:00,clock=vm"]
     assert options(argv, "-append") == [
-        f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off cryptomgr.notests"
+        f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off norandmaps cryptomgr.notests"
     ]
     assert options(argv, "-device") == [
         f"virtio-serial-{bus},max_ports=2",

@@ -20,6 +20,7 @@ from offloadd.daemon.pool import Pool, WaitingClone, open_pool
 from offloadd.daemon.workshop import open_workshop
 from offloadd.model.machine import VmMachine
 from offloadd.paths import Paths
+from offloadd.place.vm import MOUNTED
 from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.process import silent
 from offloadd.vm.footprint import private_memory
@@ -111,6 +112,7 @@ class Bench:
     guests: Guests
     machine: VmMachine
     plan: VmPlan
+    environment: Path
     memory: HostMemory = PLENTY
     began: int = 0
 
@@ -121,7 +123,7 @@ class Bench:
         """A build of nothing; where its guest came from."""
         self.began += 1
         plan = self.plan_for(f"build-{self.began}")
-        async with pool.open(plan, self.machine, silent, logs=self.root / "logs") as guest:
+        async with pool.open(plan, self.machine, self.environment, silent, logs=self.root / "logs") as guest:
             return guest.origin
 
     def instances(self) -> list[Path]:
@@ -136,7 +138,8 @@ async def open_bench(world: World) -> AsyncIterator[Bench]:
     async with open_workshop(paths, paths.database) as shop:
         library = shop.library()
         machine = library.vm("pooled")
-        yield Bench(root, Guests(shop), machine, await shop.plan(machine, library, silent))
+        environment = next((paths.cache / "environments").glob("*/root.squashfs"))
+        yield Bench(root, Guests(shop), machine, await shop.plan(machine, library, silent), environment)
 
 
 def descriptors() -> int:
@@ -178,7 +181,9 @@ async def test_a_build_that_is_cancelled_ends_what_it_took(pooled: World) -> Non
         before = descriptors()
 
         with trio.CancelScope() as scope:
-            async with pool.open(bench.plan_for("build-c"), bench.machine, silent, logs=bench.root / "logs") as guest:
+            async with pool.open(
+                bench.plan_for("build-c"), bench.machine, bench.environment, silent, logs=bench.root / "logs"
+            ) as guest:
                 assert (guest.origin, guest.instance.name, guest.agent.machine) == ("warm", "build-c", "build-c")
                 assert abs(guest.instance.record.clock() - bench.plan.date.timestamp()) < 60
                 assert (await guest.agent.call("clock"))["clock"] == pytest.approx(guest.instance.record.clock(), abs=5)
@@ -187,6 +192,25 @@ async def test_a_build_that_is_cancelled_ends_what_it_took(pooled: World) -> Non
         assert clone.ended.is_set()
         assert not bench.instances()
         assert descriptors() < before
+
+
+async def test_what_waits_has_the_last_environment_mounted(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        await bench.use(pool)
+        guest = (await until_one_waits(pool)).guest
+        assert guest.environment == bench.environment
+
+        # It is taken with it; the next one waits without, as that disk is gone.
+        bench.environment = bench.root / "gone.squashfs"
+        opened = pool.open(bench.plan_for("build-m"), bench.machine, bench.environment, silent, logs=bench.root / "logs")
+        async with opened as taken:
+            assert (taken.instance, taken.environment) == (guest.instance, guest.environment)
+            status, told = await taken.agent.run("/bin/sh", "-c", f"grep {MOUNTED} /proc/mounts && ls {MOUNTED}")
+            assert status == 0
+            assert b" squashfs ro," in told
+            assert b"usr" in told.split()
+        assert (await until_one_waits(pool)).guest.environment is None
+        assert await bench.use(pool) == "warm"
 
 
 async def test_a_removed_image_or_template_ends_those_that_wait(pooled: World) -> None:

@@ -1,5 +1,6 @@
 """What the kernel does for us where Python has no function for it (os.unshare is 3.12's)."""
 
+import ctypes
 import os
 
 from build_service.frames import Trouble
@@ -10,7 +11,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
-PER_LINUX32 = 0x0008
+PER_LINUX32, ADDR_NO_RANDOMIZE = 0x0008, 0x0040000
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SIGKILL = 9
 SYS_MOUNT_SETATTR = 442
@@ -19,18 +20,15 @@ SYS_MOUNT_SETATTR = 442
 
 class Kernel:
     def __init__(self):
-        import ctypes
-
-        self._ctypes = ctypes
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, what, name, *arguments):
         """Call a function of the C library that gives -1 when it fails."""
         if getattr(self._libc, name)(*arguments) == -1:
-            raise Trouble(f"cannot {what}: {os.strerror(self._ctypes.get_errno())}")
+            raise Trouble(f"cannot {what}: {os.strerror(ctypes.get_errno())}")
 
     def mount(self, source, target, kind, flags, data=None):
-        long_flags = self._ctypes.c_ulong(flags)
+        long_flags = ctypes.c_ulong(flags)
         names = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
         self.call(f"mount {kind or source} on {target}", "mount", *names[:3], long_flags, names[3])
 
@@ -38,14 +36,14 @@ class Kernel:
         """Show `source`, with all that is mounted below it, at `target` too, read-only."""
         self.mount(source, target, None, MS_BIND | MS_REC)
         try:
-            attributes = self._ctypes.c_uint64 * 4
+            attributes = ctypes.c_uint64 * 4
             wanted = attributes(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
-            numbers = [self._ctypes.c_long(number) for number in (SYS_MOUNT_SETATTR, AT_FDCWD)]
-            size = self._ctypes.c_ulong(32)
+            numbers = [ctypes.c_long(number) for number in (SYS_MOUNT_SETATTR, AT_FDCWD)]
+            size = ctypes.c_ulong(32)
             self.call(
                 f"make {target} read-only",
                 "syscall",
-                *(*numbers, os.fsencode(target), self._ctypes.c_long(AT_RECURSIVE), self._ctypes.byref(wanted), size),
+                *(*numbers, os.fsencode(target), ctypes.c_long(AT_RECURSIVE), ctypes.byref(wanted), size),
             )
         except Trouble:
             # Before Linux 5.12: what is mounted below stays as it is.
@@ -58,8 +56,13 @@ class Kernel:
         self.call("make namespaces", "unshare", flags)
 
     def end_with_parent(self):
-        self.call("follow the parent", "prctl", PR_SET_PDEATHSIG, *map(self._ctypes.c_ulong, (SIGKILL, 0, 0, 0)))
+        self.call("follow the parent", "prctl", PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (SIGKILL, 0, 0, 0)))
 
-    def pretend_32_bit(self):
-        """Have uname(2) name the 32-bit machine to this process and those that it starts."""
-        self.call("set the personality", "personality", self._ctypes.c_ulong(PER_LINUX32))
+    def set_personality(self, name):
+        """What this process and those that it starts see of the machine: with "linux32", uname(2) names the 32-bit one.
+
+        Addresses are not randomized, as in the builds of guix-daemon and nix-daemon: what a build makes ought not to depend on
+        them.  Under TCG every process starts three times as fast: QEMU below 8.0 translates code anew for each address.
+        """
+        personality = ADDR_NO_RANDOMIZE | (PER_LINUX32 if name == "linux32" else 0)
+        self.call("set the personality", "personality", ctypes.c_ulong(personality))

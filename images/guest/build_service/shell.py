@@ -70,8 +70,7 @@ def start_command(kernel, options, command):
     try:
         for number in (_signal.SIGINT, _signal.SIGQUIT, _signal.SIGPIPE, _signal.SIGXFSZ):
             _signal.signal(number, _signal.SIG_DFL)
-        if options.get("--personality") == "linux32":
-            kernel.pretend_32_bit()
+        kernel.set_personality(options.get("--personality"))
         if "--root" not in options:
             become_user(int(options["--user"]))
         os.chdir("/")

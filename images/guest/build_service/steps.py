@@ -66,8 +66,7 @@ def start_step(kernel, begin, user, command, log, status):
         # Python ignores these two; `yes | head` relies on them.
         _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
         _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)
-        if begin["personality"] == "linux32":
-            kernel.pretend_32_bit()
+        kernel.set_personality(begin["personality"])
         become_user(user)
         os.chdir("/")
         os.execve(BWRAP, sandbox_arguments(begin, user, command, status), {})  # noqa: S606

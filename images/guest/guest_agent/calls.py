@@ -4,6 +4,9 @@ import _signal
 import os
 import time
 
+from build_service.disks import find_disk
+from build_service.kernel import MS_NODEV, MS_NOSUID, MS_RDONLY, Kernel
+
 from guest_agent.identity import seed, set_mac, set_machine_id, set_rtc
 
 
@@ -29,10 +32,20 @@ def identify(given):
     return clock(given)
 
 
+def mount(given):
+    """Show the squashfs on the disk `serial` at `path`, read-only, for as long as this machine lives.
+
+    What is read of it stays in memory, and so does what an emulator has translated of its programs.
+    """
+    os.makedirs(given["path"], exist_ok=True)
+    Kernel().mount(find_disk("/sys", given["serial"]), given["path"], "squashfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+    return {}
+
+
 def power_off(given):
     """What the power button does."""
     os.kill(1, _signal.SIGUSR1)
     return {}
 
 
-CALLS = {"clock": clock, "identify": identify, "power-off": power_off}
+CALLS = {"clock": clock, "identify": identify, "mount": mount, "power-off": power_off}
