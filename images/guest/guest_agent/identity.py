@@ -13,7 +13,8 @@ RNDADDENTROPY_OTHER, RNDRESEEDCRNG_OTHER = 0x80085203, 0x20005207
 RTC_SET_TIME, RTC_SET_TIME_OTHER = 0x4024700A, 0x8024700A
 SIOCSIFHWADDR = 0x8924
 ARPHRD_ETHER = 1
-MACHINE_ID = "/etc/machine-id"
+MACHINE_ID = "/run/machine-id"
+"""Where the image's /etc/machine-id leads."""
 
 
 def seed(entropy):
