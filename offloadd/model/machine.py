@@ -21,6 +21,10 @@ SSH_PORT = 22
 """The guest's port on which whoever uses the machine logs in."""
 
 
+BuildDaemon = Literal["guix", "nix"]
+"""Who sends builds to our machines by itself: guix-daemon, nix-daemon."""
+
+
 class Machine(Value):
     """What all kinds of machine have."""
 
@@ -73,6 +77,8 @@ class SshMachine(Machine):
     """Its public key, as in the file ssh_host_ed25519_key.pub: nothing else is taken for this host."""
     private_key: Text
     """The file with our own key; an absolute path."""
+    daemons: Annotated[tuple[BuildDaemon, ...], Field(strict=False)] = ()
+    """Whose builds it takes: those that run there, with `user` trusted."""
 
     @field_validator("host_key")
     @classmethod
@@ -105,6 +111,10 @@ class VmMachine(Machine):
     port_forwardings: dict[Port, Port] = Field(default={11022: SSH_PORT})
     """Host port on 127.0.0.1 -> guest port."""
     auto_start: bool = False
+    daemons: Annotated[tuple[BuildDaemon, ...], Field(strict=False)] = ()
+    """Whose builds it takes: its image has them.  It is started when they have one, and stopped when it was idle for a while."""
+    idle_timeout: Duration = 600.0
+    """Seconds without a build after which a machine that a build daemon had started is stopped."""
     secret_root: Text | None = None
     """The directory whose files are copied into the guest at boot; by default one is made in the state directory."""
     template: bool = True

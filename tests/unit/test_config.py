@@ -46,6 +46,8 @@ def test_defaults_are_those_of_the_manual() -> None:
         "port-forwardings": {"11022": 22},
         "systems": ["x86_64-linux"],
         "auto-start": False,
+        "daemons": [],
+        "idle-timeout": 600.0,
         "parallel-builds": 1,
         "secret-root": None,
         "template": True,
