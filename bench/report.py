@@ -26,6 +26,7 @@ _PICTURE = """\
 def write_report(rows: Sequence[Row], facts: Mapping[str, str], folder: Path) -> None:
     """Write `results.md`, `results.json` and, when there is something to draw, `results.svg` into `folder`."""
     bars = _bars(rows)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text(_HEAD + (_PICTURE if bars else "") + table(rows) + "\n" + _facts(facts))
     if bars:
         (folder / "results.svg").write_text(draw("From nothing to a fresh guest", bars))

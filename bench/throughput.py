@@ -49,28 +49,16 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress, quick: bool
         tar, scp = ssh_carriers(machine.login)
         agent = machine.guest.agent
         ours = [agent_carrier(agent), disk_carrier(machine.guest.instance, agent, machine.scratch)]
-        for (size, files), carriers in choose_trials(tar, scp, ours, quick=quick):
-            for make, amount in ((make_big, size), (make_small, files)):
-                folder = place.folder / "loads" / f"{make.__name__}-{amount}"
-                load = await trio.to_thread.run_sync(make, folder, amount)
-                ways = [_way(carrier, load, machine.scratch) for carrier in carriers]
-                await go_in_turn(ways, budget, tell)
-                for carrier, way in zip(carriers[1:], ways[1:], strict=True):
-                    rows += carrier_rows(way, ways[0], carrier.target if load.files == 1 else None)
-                await trio.to_thread.run_sync(shutil.rmtree, folder)
+        carriers = [tar, *ours, scp]
+        for make, amount in zip((make_big, make_small), SAMPLE if quick else WHOLE, strict=True):
+            folder = place.folder / "loads" / f"{make.__name__}-{amount}"
+            load = await trio.to_thread.run_sync(make, folder, amount)
+            ways = [_way(carrier, load, machine.scratch) for carrier in carriers]
+            await go_in_turn(ways, budget, tell)
+            for carrier, way in zip(carriers[1:], ways[1:], strict=True):
+                rows += carrier_rows(way, ways[0], carrier.target if load.files == 1 else None)
+            await trio.to_thread.run_sync(shutil.rmtree, folder)
     return rows
-
-
-def choose_trials(
-    tar: Carrier, scp: Carrier, ours: Sequence[Carrier], *, quick: bool
-) -> list[tuple[tuple[int, int], list[Carrier]]]:
-    """Sizes, and who carries them, first the base.
-
-    Where a processor is emulated ssh carries some 8 MiB a second: scp with 1 GiB would take the time of everything else.
-    """
-    if quick:
-        return [(SAMPLE, [tar, *ours, scp])]
-    return [(WHOLE, [tar, *ours]), (SAMPLE, [tar, scp])]
 
 
 async def _measure_commands(machine: _Machine, tell: Progress) -> list[Row]:

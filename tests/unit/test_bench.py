@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.carriers import Carrier
 from bench.compiling import read_took, write_project
 from bench.loads import check_and_remove, make_big, make_small
 from bench.login import make_login
@@ -20,7 +19,7 @@ from bench.others import common_options, plain_argv
 from bench.picture import Bar, Scale, choose_scale, draw
 from bench.program import find_program, time_to_end
 from bench.report import table, write_report
-from bench.throughput import SAMPLE, WHOLE, carrier_rows, choose_trials
+from bench.throughput import carrier_rows
 from bench.ways import Point, Way, go_in_turn, way_rows
 from offloadd.plan.machine import plan_vm
 from tests.unit import plans
@@ -194,12 +193,6 @@ def test_a_copy_that_is_not_whole_is_noticed(tmp_path: Path) -> None:
 
 
 async def nothing(*arguments: object) -> None: ...
-
-
-def test_scp_carries_the_sample_alone() -> None:
-    tar, scp, agent = (Carrier(name=name, put=nothing, get=nothing, clean=nothing) for name in ("tar", "scp", "agent"))
-    assert choose_trials(tar, scp, [agent], quick=True) == [(SAMPLE, [tar, agent, scp])]
-    assert choose_trials(tar, scp, [agent], quick=False) == [(WHOLE, [tar, agent]), (SAMPLE, [tar, scp])]
 
 
 def test_a_carrier_that_failed_is_a_row_for_each_direction() -> None:
