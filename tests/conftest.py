@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,7 @@ def has_open_below(pid: int, folder: Path) -> bool:
     return any(link.startswith(f"{folder}/") for link in links)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def long(binfmt: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LongBuilds]:
     """The long builds, in a world of their own."""
     from tests.long import start_long_builds
@@ -192,11 +193,10 @@ def long(binfmt: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> I
         yield builds
 
 
-@pytest.fixture(scope="session", autouse=True)
-def head_start(request: pytest.FixtureRequest) -> None:
-    """Start the long builds before anything else, when a test of this session asks for them."""
-    if any("long" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        request.getfixturevalue("long")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: what is left at the end is small, so that no worker waits for another."""
+    order = {name: number for number, name in enumerate(("vm", "interop", "integration", "unit"))}
+    items.sort(key=lambda item: ("long" not in getattr(item, "fixturenames", ()), order.get(item.path.parent.name, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -232,15 +232,26 @@ def world(make_world: Callable[[], World]) -> World:
 
 @pytest.fixture(scope="session")
 def binfmt() -> Iterator[tuple[str, ...]]:
-    """System types whose programs run here through qemu-user, registered by `offload binfmt` unless they were already."""
+    """System types whose programs run here through qemu-user, registered by `offload binfmt` unless they were already.
+
+    The kernel has them for all workers: the last one that uses them takes out what the first one put in.
+    """
     systems = ("aarch64-linux", "armhf-linux", "s390x-linux")
-    missing = find_usable(read_status(), native_systems()).missing
-    wanted = [system for system in systems if system in missing]
-    if wanted:
-        _as_root("binfmt", "register", *wanted)
-    yield systems
-    if wanted:
-        _as_root("binfmt", "unregister", *wanted)
+    with (Path(tempfile.gettempdir()) / f"offload-test-binfmt-{os.getuid()}").open("a+") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        missing = find_usable(read_status(), native_systems()).missing
+        if wanted := [system for system in systems if system in missing]:
+            _as_root("binfmt", "register", *wanted)
+            ours.write(" ".join(wanted) + " ")
+            ours.flush()
+        fcntl.flock(ours, fcntl.LOCK_SH)
+        yield systems
+        with suppress(BlockingIOError):
+            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours.seek(0)
+            if registered := sorted(set(ours.read().split())):
+                _as_root("binfmt", "unregister", *registered)
+            ours.truncate(0)
 
 
 def _as_root(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""Builds that take minutes.  They start with the first test and run beside all others: see the fixture `long`."""
+"""Builds that take minutes, side by side and beside the tests of another worker: see the fixture `long`."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_much_goes_by_disk(world: World, tmp_path: Path, keep: bool) -> None:
     make_source(recipe)
     asked = ["--machine", machine]
     if keep:
-        world.machine("bulky", "cpu-count: 2\nmemory-size: 512\ndate: 2019-01-01\nport-forwardings: {12522: 22}\n")
+        world.machine("bulky", "cpu-count: 2\nmemory-size: 512\ndate: 2019-01-01\nport-forwardings: {13322: 22}\n")
         world.run("vm", "start", "bulky")
         # A running machine's clock goes on: these are not the same at every try.
         recipe.joinpath("offload.yaml").write_text(f"name: bulk\nsteps: {json.dumps(STEPS[2:])}\noutputs: ['**']\n")

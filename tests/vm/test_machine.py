@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import World
 
-SSH = 12922
+SSH = 13022
 SMALL = "cpu-count: 2\nmemory-size: 512\n"
 
 
@@ -162,12 +162,12 @@ def test_machines_side_by_side_have_their_own_cores(started: World) -> None:
 
 
 def test_a_machine_whose_file_is_taken_away_while_it_runs(world: World) -> None:
-    world.machine("orphan", SMALL + "port-forwardings: {12122: 22}\n")
+    world.machine("orphan", SMALL + "port-forwardings: {13122: 22}\n")
     world.run("vm", "start", "orphan")
     try:
         (world.root / "config/offload/machines/orphan.yaml").unlink()
         rows = {row["name"]: row for row in world.json("vm", "list")}
-        assert (rows["orphan"]["state"], rows["orphan"]["ssh_port"]) == ("running", 12122)
+        assert (rows["orphan"]["state"], rows["orphan"]["ssh_port"]) == ("running", 13122)
         assert world.json("vm", "show", "orphan")["instance"]["pid"] in world.qemus()
         world.run("vm", "exec", "orphan", "--", "true")
     finally:

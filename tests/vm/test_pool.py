@@ -28,7 +28,7 @@ from tests.conftest import World
 from tests.vm.test_build import wait_for
 
 # Of whatever date, they have the same CPU, and so the same template.
-MACHINE = "cpu: Haswell\ncpu-count: 2\nmemory-size: 1024\nport-forwardings: {12722: 22}\nwarm: 1\n"
+MACHINE = "cpu: Haswell\ncpu-count: 2\nmemory-size: 1024\nport-forwardings: {13422: 22}\nwarm: 1\n"
 PLENTY = HostMemory(total=16 << 30, available=15 << 30, pressure=0.0)
 SHORT = HostMemory(total=16 << 30, available=15 << 30, pressure=80.0)
 

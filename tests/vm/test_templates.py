@@ -211,7 +211,7 @@ def test_ten_builds_at_once_succeed(own: World, tmp_path: Path) -> None:
 
 
 def test_two_machines_of_one_template_are_two(own: World) -> None:
-    for name, port in (("one", 12422), ("two", 12423)):
+    for name, port in (("one", 13222), ("two", 13223)):
         own.machine(name, SMALL + f"port-forwardings: {{{port}: 22}}\n")
     look = "cat /etc/machine-id /sys/class/net/*/address; cut -d' ' -f1,2 /etc/ssh/ssh_host_*_key.pub"
     try:
