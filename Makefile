@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml
 
 .PHONY: test
 test: test-deps venv ## run the whole test suite: unit, integration, real VMs
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: venv ## run the tests that need no process and no socket (seconds)
