@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -50,9 +51,10 @@ async def _measure(place: Workplace, budget: Budget, tell: Progress, quick: bool
         agent = machine.guest.agent
         ours = [agent_carrier(agent), disk_carrier(machine.guest.instance, agent, machine.scratch)]
         carriers = [tar, *ours, scp]
-        for make, amount in zip((make_big, make_small), SAMPLE if quick else WHOLE, strict=True):
-            folder = place.folder / "loads" / f"{make.__name__}-{amount}"
-            load = await trio.to_thread.run_sync(make, folder, amount)
+        size, files = SAMPLE if quick else WHOLE
+        for name, make in (("big", partial(make_big, size=size)), ("small", partial(make_small, files=files))):
+            folder = place.folder / "loads" / name
+            load = await trio.to_thread.run_sync(make, folder)
             ways = [_way(carrier, load, machine.scratch) for carrier in carriers]
             await go_in_turn(ways, budget, tell)
             for carrier, way in zip(carriers[1:], ways[1:], strict=True):
