@@ -1,0 +1,1 @@
+"""Guix: what guix-daemon reads and says, in its own formats."""
