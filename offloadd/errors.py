@@ -80,11 +80,13 @@ class Problem:
 
     file: str
     line: int
+    column: int = 0
+    """Both count from 1; 0 when not known."""
     field: str
     message: str
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
+        place = ":".join([self.file, *(str(number) for number in (self.line, self.column) if number)])
         return f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
 
 

@@ -9,6 +9,8 @@ import typer
 
 from offload_cli.complete import machine_names
 from offload_cli.connection import open_client, patience
+from offload_cli.export import export
+from offload_cli.import_machines import import_
 from offload_cli.phases import open_phases
 from offload_cli.show_machine import check_lines, machine_page, machines_page
 from offload_cli.terminal import print_json, print_text, say, terminal_width
@@ -16,6 +18,8 @@ from offload_cli.words import json_option, known_form
 from offloadd.errors import DaemonError, TransientError, error_from_json
 
 app = typer.Typer(help="All machines: what they are, and whether they work.", no_args_is_help=True, rich_markup_mode=None)
+app.command("export")(export)
+app.command("import")(import_)
 
 _NAME = typer.Argument(metavar="NAME", callback=known_form, autocompletion=machine_names, help="The machine's name.")
 _NAMES = typer.Argument(metavar="NAME...", autocompletion=machine_names, help="The machines' names.")
@@ -35,6 +39,26 @@ def list_(as_json: bool = json_option()) -> None:
         print_json(rows)
     else:
         print_text(machines_page(rows, terminal_width()) if rows else "No machines are declared.")
+
+
+@app.command()
+def status(as_json: bool = json_option()) -> None:
+    """Show what the machines' clocks say: those that are shifted on purpose, and how far each is off what it should be.
+
+    Virtual machines that run and remote hosts are asked; nothing is started.
+
+    \b
+    Example:
+      offload machine status
+    """
+    from offload_cli.clocks import clocks_page
+
+    with open_client() as client, patience("asking the machines"):
+        rows = client.get("/v1/clocks")
+    if as_json:
+        print_json(rows)
+    else:
+        print_text(clocks_page(rows, terminal_width()))
 
 
 @app.command()

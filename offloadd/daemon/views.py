@@ -12,9 +12,9 @@ from offloadd import __version__
 from offloadd.daemon.environments import environment_view
 from offloadd.daemon.service import Service
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import ImageError
+from offloadd.errors import ConfigError, ImageError
 from offloadd.image.store import Image
-from offloadd.model.image import ImageRecipe
+from offloadd.model.image import FileImage, ImageDeclaration
 from offloadd.model.machine import SSH_PORT, Machine, VmMachine
 from offloadd.model.quantity import format_date
 from offloadd.route import MachineFacts
@@ -41,14 +41,14 @@ def status_view(service: Service) -> dict[str, Any]:
 
 async def machine_rows(service: Service) -> list[dict[str, Any]]:
     """One row for each machine, by name."""
-    known = _known_machines(service)
+    known = known_machines(service)
     facts = await service.survey.facts(known)
     return [_machine_row(service, machine, facts[name]) for name, machine in known.items()]
 
 
 async def vm_rows(service: Service) -> list[dict[str, Any]]:
     """The same for virtual machines alone: no remote host is waited for.  With each the guests of it that run beside."""
-    vms = {name: machine for name, machine in _known_machines(service).items() if isinstance(machine, VmMachine)}
+    vms = {name: machine for name, machine in known_machines(service).items() if isinstance(machine, VmMachine)}
     facts = await service.survey.facts(vms)
     found = await trio.to_thread.run_sync(read_records, service.workshop.paths.instances)
     private = await trio.to_thread.run_sync(lambda: {record.pid: private_memory(record.pid) for record in found})
@@ -82,7 +82,8 @@ def _guest_row(record: InstanceRecord, private: int | None) -> dict[str, Any]:
     }
 
 
-def _known_machines(service: Service) -> dict[str, Machine]:
+def known_machines(service: Service) -> dict[str, Machine]:
+    """Those that are declared, by name; one that runs is as it was when it was started."""
     known: dict[str, Machine] = {**service.workshop.library().machines, **service.machines.declared()}
     return {name: known[name] for name in sorted(known)}
 
@@ -192,7 +193,11 @@ async def image_rows(shop: Workshop) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     current: set[str] = set()
     for name, recipe in sorted(library.images.items()):
-        digest = await shop.images.digest(recipe, library.folders[name])
+        try:
+            digest = await shop.images.digest(recipe, library.folders[name])
+        except ConfigError:  # a file is gone; whoever boots it is told which
+            rows.append(_image_row(recipe, "", None, "incomplete"))
+            continue
         current.add(digest)
         try:
             image = shop.images.find(digest)
@@ -203,13 +208,15 @@ async def image_rows(shop: Workshop) -> list[dict[str, Any]]:
     return rows + [_image_row(image.recipe, image.digest, image, "superseded") for image in old]
 
 
-def _image_row(recipe: ImageRecipe, digest: str, image: Image | None, state: str) -> dict[str, Any]:
+def _image_row(recipe: ImageDeclaration, digest: str, image: Image | None, state: str) -> dict[str, Any]:
+    debian = None if isinstance(recipe, FileImage) else recipe
     return {
         "name": recipe.name,
+        "kind": recipe.kind,
         "digest": digest,
         "state": state,
-        "suite": recipe.suite,
-        "architecture": recipe.architecture,
+        "suite": debian.suite if debian else None,
+        "architecture": debian.architecture if debian else None,
         "made": image.made if image else None,
         "size_on_disk": image.size_on_disk() if image else None,
         "kernel_version": image.kernel_version if image else None,

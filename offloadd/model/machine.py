@@ -112,7 +112,7 @@ class VmMachine(Machine):
     """Host port on 127.0.0.1 -> guest port."""
     auto_start: bool = False
     daemons: Annotated[tuple[BuildDaemon, ...], Field(strict=False)] = ()
-    """Whose builds it takes: its image has them.  It is started when they have one, and stopped when it was idle for a while."""
+    """Whose builds it takes: its image has them.  They have it started when they need it; it is stopped when it was idle."""
     idle_timeout: Duration = 600.0
     """Seconds without a build after which a machine that a build daemon had started is stopped."""
     secret_root: Text | None = None

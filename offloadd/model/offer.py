@@ -8,9 +8,11 @@ from offloadd.model.base import Name, Value
 from offloadd.model.machine import BuildDaemon, Port
 from offloadd.model.system import SystemName
 
+OfferState = Literal["running", "starting", "stopped"]
+
 
 class Offer(Value):
-    """What guix-daemon and nix-daemon have to know to log in; field names of Guix's record *build-machine* where it has them."""
+    """What guix-daemon and nix-daemon have to know to log in; fields as in Guix's record *build-machine* where it has them."""
 
     machine: Name
     """Its name here; two may have the same `host`."""
@@ -28,5 +30,5 @@ class Offer(Value):
     features: tuple[str, ...]
     overload_threshold: float | None
     daemons: tuple[BuildDaemon, ...]
-    state: Literal["running", "starting", "stopped"]
+    state: OfferState
     """`stopped`: it is started when a build needs it.  A remote host is always taken to run."""

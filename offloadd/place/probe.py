@@ -27,6 +27,8 @@ PROBE_S = 30.0
 """For a probe, and again for a file there and back: Python starts in more than a second in an emulated machine."""
 EXCHANGED = 256 * 1024
 """Bytes of the file that is sent there and back."""
+MAX_TIME = 1 << 37
+"""In seconds since 1970: the year 6325.  A guest may claim any, and Python's dates end in 9999."""
 CLOCK_TOLERANCE_S = 120.0
 """A clock that is further off would be refused at the start of a build."""
 OLDEST_PYTHON = (3, 9)
@@ -147,7 +149,7 @@ def parse_probe(answer: bytes, received: float, machine: str) -> Probe:
     cores = int(fields.number("cores", 1, 1 << 20))
     version = found.get("python")
     return Probe(
-        clock_offset_s=round(fields.number("time", 0, 1 << 40) - received, 3),
+        clock_offset_s=round(fields.number("time", 0, MAX_TIME) - received, 3),
         load=round(fields.number("load", 0, 1 << 30) / cores, 4),
         cores=cores,
         memory_mib=int(fields.number("memory_mib", 0, 1 << 40)),

@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def test_a_field_that_is_something_else(name: str, value: Any) -> None:
         parse_probe(data, NOW, "tower")
     assert caught.value.subject == "tower"
     assert len(caught.value.what) < 300
+
+
+def test_a_clock_that_no_date_can_tell() -> None:
+    with pytest.raises(ProtocolError):
+        parse_probe(said(time=1 << 38), NOW, "tower")
+    far = parse_probe(said(time=1 << 37), NOW, "tower")
+    assert datetime.fromtimestamp(NOW + far.clock_offset_s, UTC).year > 6000
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff", b"[" * 100_000, b"[]", b"null", b'"x"', b"{}", b"{}{}"])

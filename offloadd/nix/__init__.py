@@ -1,0 +1,1 @@
+"""Nix: what nix-daemon reads and says, in its own formats."""
