@@ -34,7 +34,7 @@ deps: ## install the system packages that are missing (through apt, as root or w
 # Debian starts an sshd when it is installed: only who runs the tests gets one.
 .PHONY: test-deps
 test-deps:
-	@./install-host-packages openssh-server qemu-utils
+	@./install-host-packages grub-common grub-pc-bin openssh-server qemu-utils
 
 # What is measured beside us; a tool that is missing is a row that says so.
 .PHONY: bench-deps

@@ -22,6 +22,7 @@ def measure_image(place: Workplace, budget: Budget, tell: Progress) -> list[Row]
     """The rows for making the default image in `place`, whose cache is its own."""
     ours, bare, lean = Series("offload image build"), Series("mmdebstrap"), Series("mmdebstrap, INITRD=No")
     recipe = load_library(place.paths.library).image(IMAGE)
+    assert isinstance(recipe, ImageRecipe)
     tar = place.paths.cache.parent / "bare.tar"
     argv = _bare_call(recipe, str(tar), trio.run(_find_mirrors, recipe))
     place.run("vm", "list")  # the daemon is started beforehand

@@ -11,6 +11,7 @@ from offloadd.debian import bootstrap, find_mirrors
 from offloadd.digest import json_digest
 from offloadd.errors import ImageError
 from offloadd.image.store import Image
+from offloadd.model.image import ImageRecipe
 from offloadd.paths import Paths
 from offloadd.plan.machine import BootFiles
 from offloadd.process import Progress, run_program
@@ -76,6 +77,7 @@ async def ensure_systemd_image(ours: Image, paths: Paths, progress: Progress) ->
         HostError, ImageError: it cannot be made.
     """
     recipe = ours.recipe
+    assert isinstance(recipe, ImageRecipe)
     packages = (recipe.kernel, *recipe.packages, "systemd-sysv")
     # With the versions: a mirror moves on, and then both are to be made anew.
     digest = json_digest(

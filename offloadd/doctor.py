@@ -27,6 +27,7 @@ from offloadd.debian import find_mirrors
 from offloadd.errors import ConfigError, OffloadError
 from offloadd.host import native_systems
 from offloadd.image.store import ImageStore
+from offloadd.model.image import ImageRecipe
 from offloadd.model.quantity import format_size
 from offloadd.paths import Paths, find_paths
 from offloadd.plan.argv import InstanceFiles
@@ -207,7 +208,8 @@ def _count(number: int, word: str) -> str:
 
 async def check_mirror(library: Library | None) -> Requirement:
     row = Requirement(name="Debian mirror", state=State.OK, found="", purpose="the packages of images and environments")
-    suites = sorted({recipe.suite for recipe in library.images.values() if recipe.mirror is None}) if library else []
+    recipes = [image for image in library.images.values() if isinstance(image, ImageRecipe)] if library else []
+    suites = sorted({recipe.suite for recipe in recipes if recipe.mirror is None})
     try:
         with trio.fail_after(_LIMIT_S):
             mirrors = [mirror for suite in suites for mirror in await find_mirrors(suite)]
@@ -357,7 +359,8 @@ async def check_images(paths: Paths, library: Library | None) -> list[Requiremen
             digest = await store.digest(library.image(name), library.folders[name])
             image = store.find(digest)
         except OffloadError as exc:
-            rows.append(replace(row, state=State.WARNING, found=exc.what, remedy=f"offload image build --rebuild {name}"))
+            remedy = "mend the files" if isinstance(exc, ConfigError) else f"offload image build --rebuild {name}"
+            rows.append(replace(row, state=State.WARNING, found=exc.what, remedy=remedy))
             continue
         # Nobody needs the images of all architectures.
         missing = replace(row, found="not built yet: the first start of a machine makes it")

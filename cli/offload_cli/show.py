@@ -214,10 +214,18 @@ def builds_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | Non
 def images_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
     def row(image: Mapping[str, Any]) -> list[str]:
         size = image.get("size_on_disk")
-        system = f"{image['suite']} {image['architecture']}"
+        system = f"{image['suite']} {image['architecture']}" if image.get("suite") else "a disk file"
         kernel, made = str(image.get("kernel_version") or "-"), image.get("made")
         when = ago(parse_date(made).timestamp(), now) if made else "-"
-        return [image["name"], image["digest"][:12], image["state"], system, kernel, format_size(size) if size else "-", when]
+        return [
+            image["name"],
+            image["digest"][:12] or "-",
+            image["state"],
+            system,
+            kernel,
+            format_size(size) if size else "-",
+            when,
+        ]
 
     return table(["NAME", "DIGEST", "STATE", "SYSTEM", "KERNEL", "SIZE", "MADE"], map(row, rows))
 
@@ -225,17 +233,20 @@ def images_table(rows: Iterable[Mapping[str, Any]], now: float) -> str:
 def image_text(image: Mapping[str, Any], now: float) -> str:
     """`offload image show`."""
     recipe, made, size = image.get("recipe", {}), image.get("made"), image.get("size_on_disk")
-    packages = image.get("packages", {})
+    packages, boot = image.get("packages", {}), image.get("disk", {})
+    foreign, disk_size = recipe.get("kind") == "file", boot.get("size") or recipe.get("size")
     pairs = [
         ("state", str(image.get("state", ""))),
         ("digest", str(image["digest"])),
-        ("system", f"{recipe.get('suite', '?')} {recipe.get('architecture', '?')}"),
+        ("system", "a disk file" if foreign else f"{recipe.get('suite', '?')} {recipe.get('architecture', '?')}"),
+        ("comes from", str(recipe.get("path") or recipe.get("url") or "")),
+        ("format", str(boot.get("format", ""))),
         ("kernel", str(image.get("kernel_version") or recipe.get("kernel", ""))),
         ("made", f"{made} ({ago(parse_date(made).timestamp(), now)})" if made else ""),
         ("size on disk", format_size(size) if size else ""),
-        ("disk in the guest", format_size(recipe["size"]) if recipe.get("size") else ""),
+        ("disk in the guest", format_size(disk_size) if disk_size else ""),
         ("directory", str(image.get("directory", ""))),
-        ("packages", f"{len(packages)} (--json names them)" if packages else ", ".join(recipe.get("packages", []))),
+        ("packages", f"{len(packages)} (--json names them)" if packages else ", ".join(recipe.get("packages") or [])),
     ]
     return "\n".join([clean(str(image["name"])), *fields(pairs)])
 

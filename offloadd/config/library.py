@@ -14,11 +14,11 @@ from typing import TypeVar
 from offloadd.config.document import Document, read_document
 from offloadd.config.load import check_document
 from offloadd.errors import ConfigError, NotFoundError, Problem, UsageError
-from offloadd.model.image import ImageRecipe
+from offloadd.model.image import IMAGE_KINDS, FileImage, ImageDeclaration
 from offloadd.model.machine import KINDS, Machine, VmMachine
-from offloadd.model.system import nearest
+from offloadd.model.system import SYSTEMS, nearest
 
-V = TypeVar("V", bound=Machine | ImageRecipe)
+V = TypeVar("V", bound=Machine | ImageDeclaration)
 KindOf = Callable[[Document], type[V]]
 
 
@@ -27,7 +27,7 @@ class Library:
     """All that is declared.  `folders` holds, for each image, the folder that the sources of its files are relative to."""
 
     machines: dict[str, Machine]
-    images: dict[str, ImageRecipe]
+    images: dict[str, ImageDeclaration]
     folders: dict[str, Path]
 
     def machine(self, name: str) -> Machine:
@@ -51,7 +51,7 @@ class Library:
         """The machines that are VMs."""
         return {name: machine for name, machine in self.machines.items() if isinstance(machine, VmMachine)}
 
-    def image(self, name: str) -> ImageRecipe:
+    def image(self, name: str) -> ImageDeclaration:
         return _find(self.images, name, "image")
 
 
@@ -72,17 +72,22 @@ def load_library(folders: Iterable[Path]) -> Library:
     # By name; the documents are there for wrong files too.
     images: dict[str, Document] = {}
     machines: dict[str, Document] = {}
-    recipes: dict[str, ImageRecipe] = {}
+    recipes: dict[str, ImageDeclaration] = {}
     declared: dict[str, Machine] = {}
     for folder in folders:
-        recipes |= _load_folder(folder / "images", lambda _: ImageRecipe, images, problems)
+        recipes |= _load_folder(folder / "images", _image_kind, images, problems)
         declared |= _load_folder(folder / "machines", _machine_kind, machines, problems)
     problems += _unknown_images(machines.values(), images)
+    problems += _unfit_images(declared, machines, recipes)
     if problems:
         # What is wrong in a file is wrong in each that is like it.
         raise ConfigError(list(dict.fromkeys(problems)))
-    folders_of_files = {name: Path(document.source(("files",))).parent for name, document in images.items()}
-    return Library(machines=declared, images=recipes, folders=folders_of_files)
+    return Library(machines=declared, images=recipes, folders={name: _folder(document) for name, document in images.items()})
+
+
+def _folder(document: Document) -> Path:
+    """What an image's files lie beside: who is like another one has its files from there."""
+    return Path(document.source(("path",) if "path" in document.values else ("files",))).parent
 
 
 def _unknown_images(machines: Iterable[Document], images: Collection[str]) -> Iterator[Problem]:
@@ -94,17 +99,42 @@ def _unknown_images(machines: Iterable[Document], images: Collection[str]) -> It
             yield Problem(file=file, line=line, field="image", message=message)
 
 
+def _unfit_images(
+    declared: Mapping[str, Machine], documents: Mapping[str, Document], images: Mapping[str, ImageDeclaration]
+) -> Iterator[Problem]:
+    """Machines that ask of a disk of somebody else's what only our own images have."""
+    for name, machine in declared.items():
+        if not isinstance(machine, VmMachine) or not isinstance(images.get(machine.image), FileImage):
+            continue
+        wrong = {}
+        if SYSTEMS[machine.systems[0]].qemu not in ("i386", "x86_64"):
+            wrong["image"] = f"{machine.image} starts with a PC's firmware, which no {machine.systems[0]} has"
+        if machine.warm:
+            wrong["warm"] = f"must be 0: the image {machine.image} is a disk file, in which no builds of ours run"
+        for field, message in wrong.items():
+            document = documents[name]
+            yield Problem(file=document.source((field,)), line=document.line((field,)), field=field, message=message)
+
+
 def _machine_kind(document: Document) -> type[Machine]:
-    """The class of a machine's kind: what else a file may hold depends on it.
+    return _kind(document, KINDS, "machine")
+
+
+def _image_kind(document: Document) -> type[ImageDeclaration]:
+    return _kind(document, IMAGE_KINDS, "image")
+
+
+def _kind(document: Document, kinds: Mapping[str, type[V]], word: str) -> type[V]:
+    """The class of a file's kind: what else it may hold depends on it.
 
     Raises:
         ConfigError: there is no such kind.
     """
     kind = document.values.get("kind")
-    if isinstance(kind, str) and kind in KINDS:
-        return KINDS[kind]
-    message = "is missing" if kind is None else f"{kind!r} is not a kind of machine"
-    message += f"; {nearest(str(kind), KINDS)}"
+    if isinstance(kind, str) and kind in kinds:
+        return kinds[kind]
+    message = "is missing" if kind is None else f"{kind!r} is not a kind of {word}"
+    message += f"; {nearest(str(kind), kinds)}"
     raise ConfigError([Problem(file=document.source(("kind",)), line=document.line(("kind",)), field="kind", message=message)])
 
 

@@ -113,6 +113,22 @@ class Guests:
                 await self.equip(guest, machine)
             yield guest
 
+    @asynccontextmanager
+    async def open_bare(self, plan: VmPlan, tell: Progress, *, logs: Path, purpose: Purpose) -> AsyncIterator[Instance]:
+        """A guest that boots from a disk of its own, without our agent; it has no secrets yet.
+
+        Raises:
+            BootError, HostError, PortTakenError: QEMU did not start.
+        """
+        tell(f"booting {plan.machine}", None)
+        shop = self.shop
+        with shop.cores.share(plan.cpu_count) as cores:
+            opened = open_instance(
+                plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose=purpose
+            )
+            async with opened as instance:
+                yield instance
+
     async def equip(self, guest: FreshGuest, machine: VmMachine) -> None:
         """Give a build's guest what its machine's file names."""
         if machine.secret_root:

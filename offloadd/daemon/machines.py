@@ -25,7 +25,7 @@ from offloadd.errors import (
     OffloadError,
 )
 from offloadd.guest.agent import Agent
-from offloadd.guest.open import install_secrets, open_guest, personalize, start_sshd
+from offloadd.guest.open import admit_users, install_secrets, open_guest, personalize, start_sshd
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
@@ -50,7 +50,9 @@ class RunningMachine:
         """As it was when it was started; None for one that was found again while the configuration is wrong."""
         self.instance: Instance | None = None
         self.guest: Agent | None = None
-        """None while it boots, and while the connection to it is made again."""
+        """None while it boots, while the connection to it is made again, and always for one that has no agent."""
+        self.ready = False
+        """Whether it can be used now."""
         self.was_ready = False
         self.secrets: SecretRoot | None = None
         self.error: OffloadError | None = None
@@ -96,7 +98,7 @@ class Machines:
     def find(self, name: str) -> RunningMachine | None:
         """The machine when it is ready to be used."""
         found = self._running.get(name)
-        return found if found and found.guest else None
+        return found if found and found.ready else None
 
     def declared(self) -> dict[str, VmMachine]:
         """Those that run, as they were when they were started: their files may be gone or wrong by now."""
@@ -115,7 +117,7 @@ class Machines:
         if running is None:
             running = self._running[name] = RunningMachine(name, machine)
             self._nursery.start_soon(self._own, running, machine)
-        while running.guest is None:
+        while not running.ready:
             progress(*running.phase)
             if running.ended.is_set():
                 raise running.error or CancelledError("was stopped while it started", subject=name)
@@ -174,6 +176,10 @@ class Machines:
         plan = await shop.plan(machine, shop.library(), running.tell)
         running.secrets = shop.secrets(machine)
         logs = self._log_folder(machine.name)
+        if not plan.boot.has_agent:
+            async with self._guests.open_bare(plan, running.tell, logs=logs, purpose="machine") as running.instance:
+                await self._serve_bare(running, running.instance)
+            return
         async with self._guests.open(plan, machine, running.tell, logs=logs, purpose="machine") as guest:
             running.instance = guest.instance
             await self._open_to_users(running, guest.agent)
@@ -206,18 +212,26 @@ class Machines:
                 if not running.was_ready or not await _ends_soon(instance):
                     raise
 
-    async def _be_ready(self, running: RunningMachine, instance: Instance, agent: Agent) -> None:
-        """Until the instance ends or the connection breaks."""
+    async def _serve_bare(self, running: RunningMachine, instance: Instance, *, adopted: bool = False) -> None:
+        """The same for a guest without an agent: from the moment that one can log in, until its end."""
+        assert running.secrets is not None
+        if not running.was_ready:
+            await admit_users(instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
+        await self._be_ready(running, instance, None)
+
+    async def _be_ready(self, running: RunningMachine, instance: Instance, agent: Agent | None) -> None:
+        """Until the instance ends or the connection to its agent breaks."""
         self._move(running.name, MachineState.RUNNING)
-        running.guest, running.was_ready = agent, True
+        running.guest, running.ready, running.was_ready = agent, True, True
         running.tell("ready", 1.0)
         log.info("machine running", machine=running.name, ports=instance.record.ports)
         try:
             async with open_narrow_nursery() as nursery:
                 nursery.start_soon(_then_cancel, instance.wait_ended, nursery.cancel_scope)
-                nursery.start_soon(_then_cancel, agent.wait_lost, nursery.cancel_scope)
+                if agent is not None:
+                    nursery.start_soon(_then_cancel, agent.wait_lost, nursery.cancel_scope)
         finally:
-            running.guest = None
+            running.guest, running.ready = None, False
 
     def _forget(self, running: RunningMachine) -> None:
         """Note how it ended, whatever the way."""
@@ -234,7 +248,7 @@ class Machines:
             state, reason, detail = MachineState.STOPPED, "stopped by us", ""
         self._move(running.name, state, reason, detail if state is MachineState.CRASHED or running.error else "")
         log.info("machine ended", machine=running.name, state=str(state), reason=reason)
-        running.guest = None
+        running.guest, running.ready = None, False
         del self._running[running.name]
         running.ended.set()
         running.changed.unpark_all()
@@ -288,7 +302,10 @@ class Machines:
                     # The earlier daemon may have been killed before it sent the secrets.
                     fresh = shop.database.machine(running.name).state is MachineState.STARTING
                     running.was_ready = not fresh
-                    await self._serve(running, running.instance, fresh=fresh)
+                    if record.plan.boot.has_agent:
+                        await self._serve(running, running.instance, fresh=fresh)
+                    else:
+                        await self._serve_bare(running, running.instance, adopted=True)
         except OffloadError as exc:
             running.error = exc
         except OSError as exc:

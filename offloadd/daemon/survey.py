@@ -21,6 +21,7 @@ from offloadd.daemon.templates import has_template
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, NotAllowedError, OffloadError
 from offloadd.host import native_systems, systems_of
+from offloadd.model.image import FileImage
 from offloadd.model.machine import BinfmtMachine, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.state import MachineMode
 from offloadd.model.system import SYSTEMS
@@ -145,6 +146,8 @@ class Survey:
             image = shop.images.find(digest)
         except OffloadError:  # damaged, or without its recipe: whoever boots it is told
             return "", {"kernel": ""}
+        if isinstance(recipe, FileImage):
+            return digest, {"kernel": "", "has_agent": False}
         return digest, {"kernel": image.kernel_version if image else "", "disk_free": min(disk_free, recipe.size)}
 
     async def _ssh_facts(self, machine: SshMachine) -> dict[str, Any]:

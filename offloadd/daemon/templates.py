@@ -13,6 +13,7 @@ import trio
 from offloadd.daemon.guests import KEEP_TEMPLATES_S, Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError, UsageError
+from offloadd.model.image import FileImage, ImageDeclaration
 from offloadd.model.machine import VmMachine
 from offloadd.model.template import TemplateRequest
 from offloadd.plan.machine import DISKS_OF_A_CLONE, default_qemu, plan_for_build
@@ -46,15 +47,17 @@ async def make_template(guests: Guests, request: TemplateRequest, progress: Prog
     shop = guests.shop
     library = shop.library()
     machine = library.vm(request.machine)
-    check_wanted(machine)
+    check_wanted(machine, library.image(machine.image))
     own = await shop.plan(machine, library, progress)
     plan = plan_for_build(own, own.instance, date=request.date, cpu=request.cpu, pinned_cpu=machine.cpu is not None)
     async with guests.template(plan, progress, rebuild=rebuild):
         return shop.templates.called(template_key(plan).digest)
 
 
-def check_wanted(machine: VmMachine) -> None:
-    """Raise `UsageError` when the machine's file says that it has no templates."""
+def check_wanted(machine: VmMachine, image: ImageDeclaration) -> None:
+    """Raise `UsageError` when the machine has no templates: its file says so, or its disk is somebody else's."""
+    if isinstance(image, FileImage):
+        raise UsageError(f"its image {machine.image} is a disk file: each of its guests is booted", subject=machine.name)
     if not machine.template:
         raise UsageError("its file says `template: false`", subject=machine.name, hint="each of its guests is booted")
 
@@ -117,6 +120,8 @@ async def expected_facts(shop: Workshop, images: Iterable[object]) -> dict[str, 
         try:
             if machine.image not in digests:
                 recipe = library.image(machine.image)
+                if isinstance(recipe, FileImage):
+                    continue
                 digests[machine.image] = await shop.images.digest(recipe, library.folders[machine.image])
             expected[name] = machine_facts(machine, digests[machine.image], Path(qemu))
         except (OffloadError, OSError):

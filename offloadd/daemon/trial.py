@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from offloadd.builder.run import Job, Report, run_build
 from offloadd.daemon.guests import FreshGuest, Guests
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
-from offloadd.guest.ssh import open_remote
+from offloadd.guest.open import admit_users
+from offloadd.guest.ssh import open_remote, open_ssh
 from offloadd.host import native_systems, systems_of
-from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.machine import SSH_PORT, BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.place.local import LocalService
@@ -38,8 +39,10 @@ from offloadd.place.place import Place
 from offloadd.place.probe import EXCHANGED, Probe, Shell, exchange_file, format_offset, probe_local, probe_ssh
 from offloadd.place.remote import RemoteService
 from offloadd.place.vm import AgentShell, GuestService
-from offloadd.plan.machine import plan_for_build
+from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.process import Progress, host_error
+from offloadd.vm.console import clean
+from offloadd.vm.instance import Instance
 
 BUILD_S = 600.0
 """For the build of a trial, which takes a fraction of a second unless all is emulated."""
@@ -148,8 +151,12 @@ class Trial:
         plan = await self._check(
             "prepare it", lambda: shop.plan(machine, shop.library(), self._progress), lambda plan: f"image {plan.boot.image}"
         )
-        plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
         logs = shop.paths.logs / "tests" / machine.name
+        if not plan.boot.has_agent:
+            ports = tuple((0, guest) for _, guest in plan.forwards)
+            await self._try_bare_vm(machine, replace(plan, instance=instance_name, forwards=ports), logs)
+            return
+        plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
         async with AsyncExitStack() as stack:
 
             async def boot() -> FreshGuest:
@@ -164,6 +171,27 @@ class Trial:
             self._note_clock(probe, clock())
             self._note_probe(probe)
             await self._try_build(Place(service=GuestService(guest.agent), environment=None, clock=clock))
+
+    async def _try_bare_vm(self, machine: VmMachine, plan: VmPlan, logs: Path) -> None:
+        """One with a disk of its own: it takes its secrets, and one can log in.  No build of ours goes there."""
+        secrets = self._shop.secrets(machine)
+        async with AsyncExitStack() as stack:
+
+            async def boot() -> Instance:
+                opened = self._guests.open_bare(plan, self._progress, logs=logs, purpose="build")
+                instance = await stack.enter_async_context(opened)
+                await admit_users(instance, secrets, self._shop.bridge, lambda text: self._progress(text, None))
+                return instance
+
+            words = f"{plan.cpu}, {plan.qemu.accelerator.upper()}, {format_date(plan.date)}"
+            instance = await self._check("start it and log in", boot, lambda _: words)
+
+            async def run() -> str:
+                async with open_ssh(self._shop.bridge, instance.port(SSH_PORT), secrets) as guest:
+                    _, said = await guest.run("uname -srm")
+                return clean(said.decode(errors="replace")).strip()[:100]
+
+            await self._check("run a command", run, str)
 
     async def _try_shell(self, guest: Shell, clock: Callable[[], float] | None = None) -> Probe:
         """A command, and a file there and back."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from offloadd.bridge import Bridge, open_bridge
@@ -15,16 +17,19 @@ from offloadd.config.shelf import Shelf
 from offloadd.environment.store import EnvironmentStore
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.host import native_systems
+from offloadd.image.disk_file import find_file
 from offloadd.image.store import Image, ImageStore
+from offloadd.model.image import FileImage
 from offloadd.model.machine import VmMachine
 from offloadd.model.quantity import format_size
-from offloadd.model.recipe import BuildRecipe
+from offloadd.model.recipe import DEFAULT_SUITE, BuildRecipe, Source
+from offloadd.model.system import SYSTEMS
 from offloadd.paths import Paths, make_private
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_vm
 from offloadd.process import Progress
 from offloadd.store.database import Database, open_database
 from offloadd.template.store import TemplateStore
-from offloadd.vm.accelerator import find_accelerator
+from offloadd.vm.accelerator import find_accelerator, known_accelerator
 from offloadd.vm.pinning import Cores
 from offloadd.vm.qemu import find_qemu
 
@@ -48,10 +53,20 @@ class Workshop:
 
     async def image(self, library: Library, name: str, progress: Progress, *, rebuild: bool = False) -> Image:
         """The image, made when missing and checked when there."""
-        recipe = library.image(name)
-        image = await self.images.ensure(recipe, library.folders[name], progress, rebuild=rebuild)
+        declared, folder = library.image(name), library.folders[name]
+        if isinstance(declared, FileImage):
+            find = partial(self._find_disk, declared, folder, progress)
+            image = await self.images.keep(declared, folder, find, progress, again=rebuild)
+        else:
+            image = await self.images.ensure(declared, folder, progress, rebuild=rebuild)
         await self.images.verify(image)
         return image
+
+    async def _find_disk(self, declared: FileImage, folder: Path, progress: Progress) -> Path:
+        if declared.url is None:
+            return find_file(declared, folder)
+        [path] = await self._fetch([Source(url=declared.url, sha256=declared.sha256)], DEFAULT_SUITE, progress)
+        return path
 
     async def plan(self, machine: VmMachine, library: Library, progress: Progress) -> VmPlan:
         """Everything that the machine's QEMU needs.
@@ -63,19 +78,34 @@ class Workshop:
         # What is wrong with the plan is told before minutes go into an image.
         facts = QemuFacts(binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator="tcg")
         nothing = Path("/nonexistent")
-        plan_vm(machine, facts, BootFiles(image=machine.image, digest="", kernel=nothing, initramfs=nothing, disk=nothing))
+        plan_vm(machine, facts, BootFiles(image=machine.image, digest="", disk=nothing))
         image = await self.image(library, machine.image, progress)
         if machine.systems[0] in native_systems():
-            verdict = await find_accelerator(binary.path, image.kernel, self.paths.state / "accelerator.json", progress)
-            facts = replace(facts, accelerator=verdict.accelerator)
-        boot = BootFiles(image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk)
-        return plan_vm(machine, facts, boot)
+            facts = replace(facts, accelerator=await self._accelerator(binary.path, image, progress))
+        return plan_vm(machine, facts, image.boot)
+
+    async def _accelerator(self, qemu: Path, image: Image, progress: Progress) -> str:
+        known = self.paths.state / "accelerator.json"
+        # A disk of somebody else's has its kernel inside: any other of this host's architecture shows whether KVM works.
+        kernels = [image.boot.kernel, Path("/boot", f"vmlinuz-{os.uname().release}"), *self._own_kernels()]
+        for kernel in kernels:
+            if kernel is not None and os.access(kernel, os.R_OK):
+                return (await find_accelerator(qemu, kernel, known, progress)).accelerator
+        return known_accelerator(qemu, known)
+
+    def _own_kernels(self) -> list[Path | None]:
+        native = {SYSTEMS[system].debian for system in native_systems()}
+        images = self.images.list()
+        return [image.boot.kernel for image in images if getattr(image.recipe, "architecture", "") in native]
 
     async def sources(self, recipe: BuildRecipe, progress: Progress) -> list[Path]:
+        return await self._fetch(recipe.sources, recipe.suite, progress)
+
+    async def _fetch(self, sources: Sequence[Source], suite: str, progress: Progress) -> list[Path]:
         def tell(name: str, have: int, size: int | None) -> None:
             progress(f"fetching {name} ({format_size(have)})", have / size if size else None)
 
-        return await fetch_sources(recipe.sources, Archive(self.paths.cache, recipe.suite), tell)
+        return await fetch_sources(sources, Archive(self.paths.cache, suite), tell)
 
     def secrets(self, machine: VmMachine) -> SecretRoot:
         root = Path(machine.secret_root) if machine.secret_root else None

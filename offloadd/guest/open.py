@@ -1,4 +1,4 @@
-"""From a running QEMU to a guest that we can talk to."""
+"""From a running QEMU to a guest that we can talk to: through our agent, or, where others made the disk, over the network."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 
 import trio
 
+from offloadd.bridge import Bridge
 from offloadd.errors import AgentError, BootError
 from offloadd.guest.agent import Agent, open_agent
-from offloadd.guest.secret_service import ProcessStream, read_secret_root, receive_hello, send_secrets
+from offloadd.guest.secret_root import SecretRoot
+from offloadd.guest.secret_service import ProcessStream, deliver_secrets, read_secret_root, receive_hello, send_secrets
+from offloadd.guest.ssh import Guest, open_ssh
+from offloadd.model.machine import SSH_PORT
+from offloadd.nursery import open_narrow_nursery
+from offloadd.plan.machine import SECRETS_PORT
 from offloadd.vm.instance import Instance, while_running
 
 Phase = Callable[[str], None]
@@ -122,3 +128,59 @@ async def start_sshd(agent: Agent) -> None:
         if not status:
             return
     raise AgentError("sshd does not listen", subject=agent.machine, hint="offload vm console")
+
+
+async def admit_users(instance: Instance, secrets: SecretRoot, bridge: Bridge, phase: Phase, *, adopted: bool = False) -> None:
+    """Give a guest without our agent its secrets, and wait until one can log in: then it has taken them.
+
+    Args:
+        phase: is told what is waited for.
+        adopted: an earlier daemon may have given them already.
+    Raises:
+        ConfigError: a file of the secret root cannot be sent.
+        BootError: the guest ended, was not ready within the machine's limit, or its clock does not show its date.
+        ProtocolError, SshError: it is not the guest that it should be.
+    """
+    limit_s = instance.record.plan.boot_timeout_s
+    waits_for = "its secret service gave no hello"
+
+    async def deliver(nursery: trio.Nursery) -> None:
+        nonlocal waits_for
+        await deliver_secrets(instance.port(SECRETS_PORT), secrets.root, machine=instance.name)
+        waits_for = "it took its secrets, and then nobody could log in"
+        phase("waiting for sshd")
+        if not adopted:
+            nursery.start_soon(log_in, nursery)
+
+    async def log_in(nursery: trio.Nursery) -> None:
+        async with open_ssh(bridge, instance.port(SSH_PORT), secrets) as guest:
+            await _check_shown_clock(guest, instance)
+        nursery.cancel_scope.cancel()
+
+    phase("waiting for its secret service")
+    async with while_running(instance, BootError):
+        with trio.move_on_after(limit_s) as limit:
+            async with open_narrow_nursery() as nursery:
+                nursery.start_soon(deliver, nursery)
+                if adopted:
+                    nursery.start_soon(log_in, nursery)
+        if limit.cancelled_caught:
+            raise BootError(
+                f"not ready after {limit_s:.0f} s: {waits_for}",
+                subject=instance.name,
+                detail=instance.console_tail(),
+                hint=f"offload vm console {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
+            )
+
+
+async def _check_shown_clock(guest: Guest, instance: Instance) -> None:
+    """BootError: the guest has moved its clock.  Nothing is said of one that does not know `date`."""
+    status, output = await guest.run("date +%s")
+    expected, text = instance.record.clock(), output.strip()
+    if status or not text.isdigit() or len(text) > 15 or abs(int(text) - expected) <= CLOCK_TOLERANCE_S:
+        return
+    raise BootError(
+        f"its clock shows {int(text)} s since 1970, not {expected:.0f}",
+        subject=instance.name,
+        hint="systemd and NTP move an old clock forward; systemd takes the kernel argument systemd.clock_usec=MICROSECONDS",
+    )

@@ -7,6 +7,8 @@ The protocol is Guix's, version 0 (gnu/build/secret-service.scm); the guest's en
     host -> guest   (secrets (version 0) (files (("/name" SIZE MODE) ...)))CONTENTS...
 
 without newlines or separators.  MODE is the decimal st_mode.  Nothing is acknowledged: the guest installs and closes.
+
+Names are UTF-8.  Guix's receiver writes `?` for what its locale does not have: a guest in the C locale needs names in ASCII.
 """
 
 from __future__ import annotations

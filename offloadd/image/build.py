@@ -56,6 +56,7 @@ async def build_image(
         mirrors=await find_mirrors(recipe.suite, override=recipe.mirror),
         scratch=room,
         dpkg_options=_WITHOUT_DOCS,
+        check_valid_until=recipe.check_valid_until,
         subject=f"image {recipe.name}",
         progress=_part(progress, 0.0, _BOOTSTRAP_PART),
     )

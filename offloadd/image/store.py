@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ from pydantic import ValidationError
 from offloadd.cache import Cache
 from offloadd.digest import sparse_sha256
 from offloadd.errors import ImageError, NotFoundError
+from offloadd.image import disk_file
 from offloadd.image.build import DISK, INITRAMFS, KERNEL, MANIFEST, build_image
 from offloadd.image.digest import image_digest, read_guest_files
-from offloadd.model.image import ImageRecipe
+from offloadd.image.disk_file import file_digest, keep_file
+from offloadd.model.image import IMAGE_KINDS, FileImage, ImageDeclaration, ImageRecipe
+from offloadd.plan.machine import BootFiles
 from offloadd.process import Progress, silent
+
+Find = Callable[[], Awaitable[Path]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +32,15 @@ class Image:
     name: str
     digest: str
     directory: Path
-    recipe: ImageRecipe
+    recipe: ImageDeclaration
     kernel_version: str
+    """Empty when nobody knows."""
     packages: Mapping[str, str]
     made: str
     files: Mapping[str, Mapping[str, Any]]
     """Name -> `size` (bytes) and `sparse_sha256` (see `offloadd.digest.sparse_sha256`)."""
-
-    @property
-    def disk(self) -> Path:
-        """The root file system: raw ext4, never to be written to."""
-        return self.directory / DISK
-
-    @property
-    def kernel(self) -> Path:
-        return self.directory / KERNEL
-
-    @property
-    def initramfs(self) -> Path:
-        return self.directory / INITRAMFS
+    boot: BootFiles
+    """What a machine starts from, never to be written to."""
 
     def size_on_disk(self) -> int:
         """Bytes; holes do not count."""
@@ -59,6 +54,7 @@ class Image:
             "recipe": self.recipe.to_json(),
             "kernel_version": self.kernel_version,
             "packages": dict(self.packages),
+            "disk": {"format": self.boot.disk_format, "size": self.boot.disk_size},
             "made": self.made,
             "files": {name: dict(facts) for name, facts in self.files.items()},
             "size_on_disk": self.size_on_disk(),
@@ -91,8 +87,29 @@ class ImageStore:
 
         return _load(await self._cache.ensure(digest, make, progress, again=rebuild))
 
-    async def digest(self, recipe: ImageRecipe, recipe_dir: Path) -> str:
+    async def keep(
+        self, declared: FileImage, folder: Path, find: Find, progress: Progress = silent, *, again: bool = False
+    ) -> Image:
+        """The image of a disk file, which is copied when it is missing, or anyway with `again`.
+
+        Args:
+            folder: that of its description.
+            find: gives the file, and fetches it when that must be.
+        Raises:
+            ConfigError: there is no such file.
+            ImageError: it is not what was declared, or no disk that a machine could boot from.
+        """
+        digest = await self.digest(declared, folder)
+
+        async def make(target: Path) -> None:
+            await keep_file(declared, folder, await find(), target, progress)
+
+        return _load(await self._cache.ensure(digest, make, progress, again=again))
+
+    async def digest(self, recipe: ImageDeclaration, recipe_dir: Path) -> str:
         """The digest that the image of `recipe` has or would have."""
+        if isinstance(recipe, FileImage):
+            return await trio.to_thread.run_sync(file_digest, recipe, recipe_dir)
         return image_digest(recipe, await trio.to_thread.run_sync(read_guest_files, recipe, recipe_dir))
 
     def find(self, digest: str) -> Image | None:
@@ -171,8 +188,9 @@ def _load(directory: Path) -> Image:
             name=data["name"],
             digest=data["digest"],
             directory=directory,
-            recipe=ImageRecipe.model_validate(data["recipe"]),
+            recipe=IMAGE_KINDS[data["recipe"]["kind"]].model_validate(data["recipe"]),
             kernel_version=data["kernel_version"],
+            boot=_boot_files(directory, data),
             packages=data["packages"],
             made=data["made"],
             files=data["files"],
@@ -180,3 +198,13 @@ def _load(directory: Path) -> Image:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as exc:
         hint = "`offload image build --rebuild` makes it again"
         raise ImageError(f"its manifest cannot be read: {exc}", subject=directory.name, hint=hint) from exc
+
+
+def _boot_files(directory: Path, manifest: Mapping[str, Any]) -> BootFiles:
+    name, digest = manifest["name"], manifest["digest"]
+    if disk := manifest.get("disk"):
+        path = directory / disk_file.DISK
+        return BootFiles(image=name, digest=digest, disk=path, disk_format=disk["format"], disk_size=int(disk["size"]))
+    kernel, initramfs = directory / KERNEL, directory / INITRAMFS
+    size = int(manifest["files"][DISK]["size"])
+    return BootFiles(image=name, digest=digest, disk=directory / DISK, disk_size=size, kernel=kernel, initramfs=initramfs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from offloadd.model.base import Name, Size, Text, Value
 
@@ -37,6 +37,48 @@ class ImageRecipe(Value):
     """Of the root file system; the file is sparse."""
     mirror: Text | None = None
     """By default that of the host's apt configuration."""
+    check_valid_until: bool = True
+    """Whether package indexes are refused whose time has passed: a snapshot's has, and now and then that of a mirror of sid."""
     modules: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Kernel modules that the initramfs loads, in this order, with what they depend on."""
     files: Annotated[tuple[GuestFile, ...], Field(strict=False)] = ()
+
+
+DiskFormat = Literal["raw", "qcow2"]
+
+
+class FileImage(Value):
+    """A disk that somebody else has made, with boot loader, kernel and init of its own: `guix system image` makes such."""
+
+    kind: Literal["file"]
+    name: Name
+    path: Text | None = None
+    """The file; relative to the folder of the description that says so."""
+    url: Text | None = None
+    """Where it is fetched from, when there is no `path`."""
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of the file; what is fetched must have one."""
+    format: DiskFormat | None = None
+    """By default what its first bytes say.  Say it of a disk that a guest has written: that can be any first bytes."""
+    firmware: Literal["bios"] = "bios"
+    """What the machine starts with, and the disk's boot loader expects."""
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_fetched(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("https://", "http://")):
+            raise ValueError("must begin with https:// or http://")
+        return url
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> FileImage:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("needs either `path` or `url`")
+        if self.url is not None and self.sha256 is None:
+            raise ValueError("needs the `sha256` of what is fetched from `url`")
+        return self
+
+
+ImageDeclaration = ImageRecipe | FileImage
+
+IMAGE_KINDS: dict[str, type[ImageRecipe] | type[FileImage]] = {"debian": ImageRecipe, "file": FileImage}

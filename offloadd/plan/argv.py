@@ -77,21 +77,22 @@ class QemuFds:
     """The descriptors that QEMU is started with: it opens nothing else of ours."""
 
     qmp: int
-    """A socket that listens, as `console` and `agent`."""
+    """A socket that listens, as `console` and `agent` are."""
     console: int
-    agent: int
     console_log: int
     disk: int
     base: int
-    """The image's root file system, below `disk`."""
-    kernel: int
-    initramfs: int
+    """The image's disk, below `disk`."""
+    agent: int | None = None
+    """Of a guest that has none, None; and so are the next two of one with a boot loader."""
+    kernel: int | None = None
+    initramfs: int | None = None
     memory: MemoryFds | None = None
     """None: the guest's memory is QEMU's own."""
 
     def all(self) -> list[int]:
-        own = [self.qmp, self.console, self.agent, self.console_log, self.disk, self.base, self.kernel, self.initramfs]
-        return own if self.memory is None else [*own, *self.memory.all()]
+        own = [self.qmp, self.console, self.console_log, self.disk, self.base, self.agent, self.kernel, self.initramfs]
+        return [fd for fd in own if fd is not None] + (self.memory.all() if self.memory else [])
 
 
 def _path(fd: int) -> str:
@@ -118,7 +119,7 @@ def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
         *("-rtc", f"base={plan.date:%Y-%m-%dT%H:%M:%S},clock=vm"),
         *_boot(target, fds),
         *_channels(target, fds),
-        *_disks(target, fds),
+        *_disks(target, plan, fds),
         *_slots(target, plan),
         *_network(target, plan),
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", *target.device("rng", "rng=rng0")),
@@ -128,6 +129,9 @@ def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
 
 
 def _boot(target: Target, fds: QemuFds) -> list[str]:
+    if fds.kernel is None or fds.initramfs is None:
+        # Boot loaders of others write to a screen, and some go on only when there is one.
+        return ["-vga", "std"]
     # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  What follows saves a third of the boot under
     # TCG: no mitigations (nobody else is in this guest), no self-tests; and two thirds of each start of a program: addresses
     # that stay the same (QEMU below 8.0 translates code anew for each address that it is found at).
@@ -156,13 +160,21 @@ def _channels(target: Target, fds: QemuFds) -> list[str]:
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"socket,id=console,fd={fds.console},server=on,wait=off,{console_log}"),
         *("-serial", "chardev:console"),
-        *("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off"),
+        *_agent(target, fds.agent),
+    ]
+
+
+def _agent(target: Target, fd: int | None) -> list[str]:
+    if fd is None:
+        return []
+    return [
+        *("-chardev", f"socket,id=agent,fd={fd},server=on,wait=off"),
         *target.device("serial", "max_ports=2"),
         *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
     ]
 
 
-def _disks(target: Target, fds: QemuFds) -> list[str]:
+def _disks(target: Target, plan: VmPlan, fds: QemuFds) -> list[str]:
     # The overlay is thrown away: there is nothing that flushes could save.
     disk = f"driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename={_path(fds.disk)}"
     below = "backing"
@@ -170,8 +182,11 @@ def _disks(target: Target, fds: QemuFds) -> list[str]:
         frozen = _path(fds.memory.frozen)
         disk += f",backing.driver=qcow2,backing.read-only=on,backing.file.driver=file,backing.file.filename={frozen}"
         below = "backing.backing"
-    disk += f",{below}.driver=raw,{below}.read-only=on,{below}.file.driver=file,{below}.file.filename={_path(fds.base)}"
-    return ["-blockdev", disk, *target.device("blk", "drive=root,serial=root")]
+    # Told, never looked for: a guest can write whatever first bytes it likes.
+    kind = plan.boot.disk_format
+    disk += f",{below}.driver={kind},{below}.read-only=on,{below}.file.driver=file,{below}.file.filename={_path(fds.base)}"
+    first = ",bootindex=0" if fds.kernel is None else ""
+    return ["-blockdev", disk, *target.device("blk", f"drive=root,serial=root{first}")]
 
 
 def _slots(target: Target, plan: VmPlan) -> list[str]:

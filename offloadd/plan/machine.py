@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from offloadd.errors import OffloadError, UsageError
+from offloadd.model.image import DiskFormat
 from offloadd.model.machine import VmMachine
 from offloadd.model.quantity import check_clock_holds
 from offloadd.model.system import SYSTEMS
@@ -18,6 +19,8 @@ DISKS_OF_A_BUILD = 3
 """Its environment, its source, its outputs."""
 DISKS_OF_A_CLONE = DISKS_OF_A_BUILD + 1
 """Those of one build, and the environment that it has had mounted while it waited."""
+SECRETS_PORT = 1004
+"""The guest's port on which a guest without our agent takes its secrets (Guix: gnu/services/virtualization.scm)."""
 MAX_BUILDS_INSIDE = 4
 """Of one machine: a PC has 32 places on its bus in all."""
 
@@ -39,10 +42,19 @@ class BootFiles:
 
     image: str
     digest: str
-    kernel: Path
-    initramfs: Path
     disk: Path
-    """Raw root file system; it is never written to."""
+    """It is never written to."""
+    disk_format: DiskFormat = "raw"
+    disk_size: int | None = None
+    """Bytes, as the guest sees it; None: those of the file."""
+    kernel: Path | None = None
+    """None: the disk has its own boot loader, which the firmware starts."""
+    initramfs: Path | None = None
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether ours is in there: it comes with our kernels."""
+        return self.kernel is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +105,20 @@ def plan_vm(
         cpu_count=machine.cpu_count,
         memory_mib=machine.memory_size,
         date=machine.date or (now or datetime.now(UTC)).replace(microsecond=0),
-        forwards=tuple(sorted(machine.port_forwardings.items())),
+        forwards=_forwards(machine, boot),
         network=machine.network,
-        disk_slots=DISKS_OF_A_BUILD * min(machine.parallel_builds, MAX_BUILDS_INSIDE),
+        disk_slots=DISKS_OF_A_BUILD * min(machine.parallel_builds, MAX_BUILDS_INSIDE) if boot.has_agent else 0,
         boot_timeout_s=machine.boot_timeout,
         options=machine.options,
     )
     return replace(plan, cpu=_cpu(plan, machine.cpu, qemu.cpu_models))
+
+
+def _forwards(machine: VmMachine, boot: BootFiles) -> tuple[tuple[int, int], ...]:
+    forwards = sorted(machine.port_forwardings.items())
+    if not boot.has_agent and SECRETS_PORT not in machine.port_forwardings.values():
+        forwards.append((0, SECRETS_PORT))
+    return tuple(forwards)
 
 
 def plan_for_build(

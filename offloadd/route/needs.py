@@ -74,6 +74,8 @@ class MachineFacts:
     breaker: Breaker = Breaker()  # noqa: RUF009 - frozen
     running: bool = False
     """Whether a build can begin without a boot: it is no VM, or has a template of which builds get clones."""
+    has_agent: bool = True
+    """Whether it takes builds of ours: not a VM that boots from a disk which somebody else has made."""
     started: bool = False
     """Whether a VM runs for its user."""
     busy: int = 0

@@ -59,6 +59,8 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
         return tell_system
     if known.fault:
         return _tell_fault
+    if not known.has_agent:
+        return _tell_no_agent
     if needs.features and not needs.features.issubset(machine.features):
         return _tell_features
     # A remote host builds with what it has; only its owner knows what that is.
@@ -146,6 +148,13 @@ def tell_system(question: Question, machine: Machine, known: MachineFacts) -> st
 
 def _tell_fault(question: Question, machine: Machine, known: MachineFacts) -> str:
     return known.fault
+
+
+def _tell_no_agent(question: Question, machine: Machine, known: MachineFacts) -> str:
+    assert isinstance(machine, VmMachine)
+    daemons = " and ".join(f"{daemon}-daemon" for daemon in machine.daemons)
+    takes = f"only builds of {daemons} go there" if daemons else "no builds of ours go there"
+    return f"boots from a disk of its own ({machine.image}), in which there is no agent of ours: {takes}"
 
 
 def _tell_features(question: Question, machine: Machine, known: MachineFacts) -> str:

@@ -42,7 +42,7 @@ def launch(plan: VmPlan, files: InstanceFiles, memory: Memory = None) -> QemuPro
         HostError: a program is missing, a file cannot be made.
     """
     try:
-        write_overlay(files.disk, plan.boot.disk.stat().st_size)
+        write_overlay(files.disk, plan.boot.disk_size or plan.boot.disk.stat().st_size)
     except (OSError, ValueError) as exc:
         raise HostError(f"cannot make the disk: {exc}", subject=plan.instance) from exc
     user = _choose_user(plan, files)
@@ -83,6 +83,7 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: M
                 raise HostError(f"cannot hand {path} to QEMU: {exc.strerror}", subject=plan.instance) from exc
             return fd
 
+        boot = plan.boot
         given: MemoryFds | None = None
         if memory is not None:
             # Anybody may open a memory file; what may be done with it says its seal.
@@ -92,14 +93,14 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: M
             )
         yield QemuFds(
             memory=given,
-            agent=stack.enter_context(_listen(files.agent, plan.instance)).fileno(),
             qmp=stack.enter_context(_listen(files.qmp, plan.instance)).fileno(),
             console=stack.enter_context(_listen(files.console, plan.instance)).fileno(),
             console_log=open_file(files.console_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
             disk=open_file(files.disk, os.O_RDWR),
-            base=open_file(plan.boot.disk, os.O_RDONLY),
-            kernel=open_file(plan.boot.kernel, os.O_RDONLY),
-            initramfs=open_file(plan.boot.initramfs, os.O_RDONLY),
+            base=open_file(boot.disk, os.O_RDONLY),
+            agent=stack.enter_context(_listen(files.agent, plan.instance)).fileno() if boot.has_agent else None,
+            kernel=open_file(boot.kernel, os.O_RDONLY) if boot.kernel else None,
+            initramfs=open_file(boot.initramfs, os.O_RDONLY) if boot.initramfs else None,
         )
 
 

@@ -56,6 +56,7 @@ async def test_a_qemu_that_is_none(tmp_path: Path) -> None:
 
 async def test_a_kernel_that_is_missing(bench: Bench) -> None:
     plan = bench.plan()
+    assert plan.boot.kernel
     plan.boot.kernel.unlink()
     with pytest.raises(HostError, match=r"cannot hand .*m-vmlinuz to QEMU: No such file") as caught:
         async with bench.open(plan):
@@ -66,6 +67,7 @@ async def test_a_kernel_that_is_missing(bench: Bench) -> None:
 
 async def test_a_kernel_that_is_none_is_told_with_qemus_own_words(bench: Bench) -> None:
     plan = bench.plan()
+    assert plan.boot.kernel
     plan.boot.kernel.write_bytes(b"nothing that boots")
     with pytest.raises(BootError, match="exit status 1") as caught:
         async with bench.open(plan):
@@ -232,6 +234,7 @@ async def test_files_made_under_a_strict_umask_boot(bench: Bench) -> None:
     try:
         plan = bench.plan(say(b"booted\r\n") + HALT)
         for path in (plan.boot.kernel, plan.boot.initramfs, plan.boot.disk):
+            assert path
             path.chmod(0o600)
         async with bench.open(plan) as instance:
             await wait_for_console(instance, "booted")

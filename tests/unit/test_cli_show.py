@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from offload_cli.show import (
     cpu,
     fields,
     guest_clock,
+    image_text,
     images_table,
     machine_text,
     machines_table,
@@ -168,6 +170,19 @@ def test_lists() -> None:
         "-",
         "-",
     ]
+
+
+def test_a_disk_file_as_an_image() -> None:
+    row = {"name": "guix", "kind": "file", "digest": "", "state": "incomplete", "suite": None, "architecture": None}
+    assert images_table([row], NOW.timestamp()).splitlines()[1].split() == [
+        *["guix", "-", "incomplete", "a", "disk", "file", "-", "-", "-"]
+    ]
+    recipe = {"kind": "file", "name": "guix", "path": "guix.raw", "url": None}
+    shown = {"name": "guix", "digest": "abc", "state": "ready", "recipe": recipe, "disk": {"format": "raw", "size": 1 << 30}}
+    text = image_text(shown, NOW.timestamp())
+    assert re.search(r"comes from +guix.raw\n +format +raw\n", text)
+    assert re.search(r"disk in the guest +1.0 GiB", text)
+    assert "kernel" not in text
 
 
 def test_guests_stand_below_their_machine() -> None:

@@ -13,6 +13,7 @@ from offloadd.environment.recipe import environment_recipe
 from offloadd.environment.store import EnvironmentStore
 from offloadd.errors import ImageError, NotFoundError
 from offloadd.image.store import Image, ImageStore
+from offloadd.model.image import ImageRecipe
 
 RECIPE = {"kind": "debian", "name": "debian", "suite": "bookworm", "kernel": "linux-image-cloud-amd64", "size": 1048576}
 
@@ -39,8 +40,9 @@ def image(tmp_path: Path) -> Image:
 def test_show_by_name_and_digest(tmp_path: Path, image: Image) -> None:
     store = ImageStore(tmp_path)
     assert store.find("a" * 64) == store.show("a" * 8) == image
+    assert isinstance(image.recipe, ImageRecipe)
     assert image.recipe.size == 1048576
-    assert image.kernel.name == "vmlinuz"
+    assert image.boot.kernel == image.directory / "vmlinuz"
     assert json.loads(json.dumps(image.to_json()))["packages"] == {"sudo": "1"}
     for name in ("other", "aaaa", "b" * 64):
         with pytest.raises(NotFoundError, match="no such image"):
@@ -68,16 +70,17 @@ async def test_a_whole_image_is_read_once(tmp_path: Path, image: Image, monkeypa
 async def test_damage_is_found(tmp_path: Path, image: Image) -> None:
     store = ImageStore(tmp_path)
     await store.verify(image)
-    content = image.kernel.read_bytes()
-    image.kernel.write_bytes(b"X" + content[1:])
-    os.utime(image.kernel, ns=(1, 1))
+    kernel = image.directory / "vmlinuz"
+    content = kernel.read_bytes()
+    kernel.write_bytes(b"X" + content[1:])
+    os.utime(kernel, ns=(1, 1))
     with pytest.raises(ImageError, match="the content of vmlinuz") as caught:
         await store.verify(image)
     assert caught.value.hint == "offload image build --rebuild debian"
-    image.kernel.write_bytes(content[1:])
+    kernel.write_bytes(content[1:])
     with pytest.raises(ImageError, match="bytes instead of"):
         await store.verify(image)
-    image.kernel.unlink()
+    kernel.unlink()
     with pytest.raises(ImageError, match="No such file"):
         await store.verify(image)
 

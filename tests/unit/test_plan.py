@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from offloadd.errors import NoMachineError, UsageError
 from offloadd.plan.argv import MemoryFds, QemuFds, empty_slot, qemu_argv, slot_is_writable, slot_name
 from offloadd.plan.cpu import MODELS, check_cpu, choose_cpu
-from offloadd.plan.machine import DISKS_OF_A_CLONE, default_qemu, plan_for_build, plan_vm
+from offloadd.plan.machine import DISKS_OF_A_CLONE, BootFiles, default_qemu, plan_for_build, plan_vm
 from offloadd.plan.target import TARGETS
 
 from .plans import BOOT, X86_MODELS, day, emulated_plan, facts, machine, plan
@@ -307,3 +309,16 @@ def test_drives_are_named_once_and_every_third_can_be_written_to() -> None:
     assert len({slot_name(number) for number in range(100)}) == 100
     assert max(len(slot_name(number)) for number in range(100)) <= 20
     assert not [word for word in qemu_argv(replace(plan(), disk_slots=0), FDS) if "slot" in word or "null-co" in word]
+
+
+def test_a_disk_with_a_boot_loader_of_its_own() -> None:
+    boot = BootFiles(image="guix", digest="abc", disk=Path("/i/disk"), disk_format="qcow2", disk_size=1024)
+    fds = QemuFds(qmp=3, console=4, console_log=6, disk=7, base=8)
+    assert fds.all() == [3, 4, 6, 7, 8]
+    argv = qemu_argv(plan_vm(machine(), facts(), boot), fds)
+    assert not {"-kernel", "-initrd", "-append"} & set(argv)
+    assert ("-vga", "std") in pairwise(argv)
+    assert not any("virtserialport" in word or "slot" in word for word in argv), "no agent, no drives of builds"
+    assert "virtio-blk-pci,drive=root,serial=root,bootindex=0" in argv
+    [disk] = [word for word in argv if "node-name=root" in word]
+    assert "backing.driver=qcow2,backing.read-only=on" in disk

@@ -81,6 +81,15 @@ def test_a_machine_of_which_nothing_is_known_is_passed_over() -> None:
     assert find_route(needs(), [machine("m")], {}, NOW).passed_over == {"m": "nothing is known of it yet"}
 
 
+def test_a_disk_of_somebody_elses() -> None:
+    known = facts(has_agent=False)
+    own = "boots from a disk of its own (debian), in which there is no agent of ours: "
+    assert obstacle(needs(), machine("m", "build-vm"), known) == own + "no builds of ours go there"
+    sent = machine("m", "build-vm", daemons=["guix", "nix"])
+    assert obstacle(needs(), sent, known) == own + "only builds of guix-daemon and nix-daemon go there"
+    assert obstacle(needs(machine="m", keep_machine=True), sent, known).startswith(own)
+
+
 def test_features() -> None:
     asked = needs(features=frozenset({"kvm", "big", "gpu"}))
     assert obstacle(asked, machine("m", features=["big", "kvm", "gpu", "more"]), facts()) == ""

@@ -12,6 +12,7 @@ import pytest
 
 from offloadd.daemon.templates import check_wanted, has_template, why_stale
 from offloadd.errors import NotFoundError, UsageError
+from offloadd.model.image import FileImage, ImageRecipe
 from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.template.freeze import MANIFEST
 from offloadd.template.key import machine_facts, template_key
@@ -99,10 +100,16 @@ def test_why_a_template_is_stale(qemu: Path) -> None:
     assert why_stale("gone", made, {"other": other}) == "", "machines that are alike share it"
 
 
+DEBIAN = ImageRecipe(kind="debian", name="debian", suite="bookworm", kernel="linux-image-amd64", size=1 << 30)
+
+
 def test_a_machine_without_templates() -> None:
-    check_wanted(machine())
+    check_wanted(machine(), DEBIAN)
     with pytest.raises(UsageError, match="template: false"):
-        check_wanted(machine(template=False))
+        check_wanted(machine(template=False), DEBIAN)
+    disk = FileImage.model_validate({"kind": "file", "name": "debian", "path": "disk"})
+    with pytest.raises(UsageError, match="disk file: each of its guests is booted"):
+        check_wanted(machine(), disk)
 
 
 def test_what_is_known_of_all(tmp_path: Path) -> None:

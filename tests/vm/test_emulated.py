@@ -26,12 +26,13 @@ from offloadd.environment.store import EnvironmentStore
 from offloadd.guest.agent import Agent
 from offloadd.guest.open import open_guest
 from offloadd.image.store import ImageStore
+from offloadd.model.image import ImageRecipe
 from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
 from offloadd.model.system import SYSTEMS
 from offloadd.paths import shipped
 from offloadd.place.vm import open_in_guest
-from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan, default_qemu, plan_for_build, plan_vm
+from offloadd.plan.machine import QemuFacts, VmPlan, default_qemu, plan_for_build, plan_vm
 from offloadd.plan.target import find_target
 from offloadd.vm.instance import Instance, open_instance
 from offloadd.vm.pinning import Cores
@@ -75,11 +76,12 @@ class Log:
 
 
 async def plan(machine: VmMachine, library: Library) -> VmPlan:
-    image = await ImageStore(CACHE / "images").ensure(library.image(machine.image), library.folders[machine.image])
+    recipe = library.image(machine.image)
+    assert isinstance(recipe, ImageRecipe)
+    image = await ImageStore(CACHE / "images").ensure(recipe, library.folders[machine.image])
     binary = await find_qemu(default_qemu(machine))
     facts = QemuFacts(binary=str(binary.path), version=binary.version, cpu_models=binary.cpu_models, accelerator="tcg")
-    boot = BootFiles(image=image.name, digest=image.digest, kernel=image.kernel, initramfs=image.initramfs, disk=image.disk)
-    whole = plan_vm(machine, facts, boot)
+    whole = plan_vm(machine, facts, image.boot)
     return plan_for_build(whole, "emulated", date=DATE, cpu=None, pinned_cpu=False)
 
 
