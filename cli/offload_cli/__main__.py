@@ -1,5 +1,5 @@
 """`python -m offload_cli`."""
 
-from offload_cli.main import main
+from offload_cli.entry import main
 
 main()

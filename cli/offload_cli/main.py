@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from offload_cli import binfmt, builds, daemon, doctor, environments, images, machine, quirks, templates, vm
+from offload_cli import binfmt, builds, daemon, doctor, environments, guix, hooks, images, machine, nix, quirks, templates, vm
 from offload_cli.build import build
 from offload_cli.route import route
 from offload_cli.terminal import say, say_error
@@ -60,6 +60,9 @@ app.add_typer(templates.app, name="template")
 app.add_typer(machine.app, name="machine")
 app.add_typer(vm.app, name="vm")
 app.add_typer(binfmt.app, name="binfmt")
+app.add_typer(guix.app, name="guix")
+app.add_typer(nix.app, name="nix")
+hooks.add_to(app)
 app.add_typer(quirks.app, name="quirks")
 app.add_typer(daemon.app, name="daemon")
 app.command()(doctor.doctor)

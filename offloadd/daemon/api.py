@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 from offloadd import __version__
 from offloadd.daemon import views
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
+from offloadd.daemon.offer_routes import add_offer_routes
+from offloadd.daemon.offload_routes import add_offload_routes
 from offloadd.daemon.service import Service
 from offloadd.daemon.templates import check_wanted, make_template, remove_template, template_rows
 from offloadd.daemon.trial import Trial
@@ -61,6 +63,8 @@ def make_api(service: Service) -> FastAPI:
     _add_daemon(api, service)
     _add_machines(api, service)
     _add_modes(api, service)
+    add_offer_routes(api, service)
+    add_offload_routes(api, service)
     _add_images(api, service)
     _add_environments(api, service)
     _add_templates(api, service)
@@ -128,6 +132,7 @@ def _add_machines(api: FastAPI, service: Service) -> None:
     @api.post("/v1/machines/{name}/start")
     async def start(name: str) -> StreamingResponse:
         async def work(progress: Progress) -> dict[str, Any]:
+            service.offloading.leave_to_user(name)
             await service.machines.start(name, progress)
             return await views.machine_view(service, service.workshop.library().vm(name))
 
@@ -267,7 +272,9 @@ def _add_templates(api: FastAPI, service: Service) -> None:
                 await service.pool.forget(templates={template.digest})
             return template.to_json()
 
-        check_wanted(shop.library().vm(request.machine))
+        library = shop.library()
+        machine = library.vm(request.machine)
+        check_wanted(machine, library.image(machine.image))
         service.survey.check_online(request.machine)
         return _stream(service, work)
 

@@ -19,12 +19,13 @@ from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.guests import Guests
 from offloadd.daemon.machines import Machines
+from offloadd.daemon.offload import Offloading
 from offloadd.daemon.pool import Pool, open_pool
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.templates import collect_templates
 from offloadd.daemon.workshop import Workshop, open_workshop
-from offloadd.errors import NotAllowedError, OffloadError
+from offloadd.errors import ConfigError, NotAllowedError, OffloadError
 from offloadd.model.quantity import parse_date
 from offloadd.model.recipe import DEFAULT_SUITE
 from offloadd.paths import Paths
@@ -49,6 +50,7 @@ class Service:
         machines: Machines,
         survey: Survey,
         builds: Builds,
+        offloading: Offloading,
         nursery: trio.Nursery,
         idle_timeout_s: float,
     ) -> None:
@@ -58,6 +60,7 @@ class Service:
         self.machines = machines
         self.survey = survey
         self.builds = builds
+        self.offloading = offloading
         self.nursery = nursery
         self.idle_timeout_s = idle_timeout_s
         self.pid = os.getpid()
@@ -86,7 +89,7 @@ class Service:
     async def stop_when_idle(self) -> None:
         """Stop when nothing runs and nobody has asked for anything for `idle_timeout_s` (0: never)."""
         while self.idle_timeout_s:
-            if len(self.machines) or len(self.builds) or len(self.nursery.child_tasks) > 1:
+            if len(self.machines) or len(self.builds) or len(self.offloading) or len(self.nursery.child_tasks) > 1:
                 self.touch()
             rest = self._last_used + self.idle_timeout_s - trio.current_time()
             if rest <= 0:
@@ -131,7 +134,12 @@ class Service:
     async def collect_garbage(self) -> dict[str, Sequence[str]]:
         """Remove images, environments and templates that nobody needs; the digests that went."""
         shop, library = self.workshop, self.workshop.library()
-        keep = {await shop.images.digest(recipe, library.folders[name]) for name, recipe in library.images.items()}
+        keep: set[str] = set()
+        for name, declared in library.images.items():
+            try:
+                keep.add(await shop.images.digest(declared, library.folders[name]))
+            except ConfigError:  # a file is gone, so which of those with its name it was cannot be told
+                keep |= {image.digest for image in shop.images.list() if image.name == name}
         await self.pool.forget(images={clone.image for clone in self.pool.waiting()} - keep)
         keep |= {record.plan.boot.digest for record in read_records(shop.paths.instances)}
         return {
@@ -173,7 +181,9 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
             dispatcher = Dispatcher(workshop, survey, slots)
             builds = Builds(workshop, pool, machines, dispatcher, build_nursery)
             builds.reconcile()
-            service = Service(workshop, guests, pool, machines, survey, builds, request_nursery, idle_timeout_s)
+            offloading = Offloading(workshop, machines, slots, request_nursery)
+            offloading.resume()
+            service = Service(workshop, guests, pool, machines, survey, builds, offloading, request_nursery, idle_timeout_s)
             request_nursery.start_soon(service.stop_when_idle)
             request_nursery.start_soon(service.start_declared)
             try:

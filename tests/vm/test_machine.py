@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from offloadd.guix.read import read_guix
 from tests.conftest import World
 
 SSH = 13022
@@ -19,8 +20,8 @@ SMALL = "cpu-count: 2\nmemory-size: 512\n"
 
 @pytest.fixture(scope="module")
 def started(world: World) -> Iterator[World]:
-    """build-vm, as it is shipped but for its ports, which the one who runs the tests may be using."""
-    world.machine("build-vm", f"port-forwardings: {{{SSH}: 22}}\n")
+    """build-vm, as it is shipped but for its ports, which the one who runs the tests may be using, and for whom it builds."""
+    world.machine("build-vm", f"port-forwardings: {{{SSH}: 22}}\ndaemons: [guix]\n")
     world.run("vm", "start", "build-vm")
     yield world
     world.run("vm", "stop", "build-vm")
@@ -32,6 +33,35 @@ def test_has_the_date_of_its_file(started: World) -> None:
 
     # It came up at 2020-01-01 and has run since the test began.
     assert 1577836800 <= seen < 1577836800 + 600
+
+
+def test_its_clock_is_shifted_on_purpose(started: World) -> None:
+    row = next(row for row in started.json("machine", "status") if row["name"] == "build-vm")
+    assert 1577836800 <= row["clock"] < 1577836800 + 600
+    # An emulated guest may take some seconds to answer; a shift would be of years.
+    assert abs(row["off_s"]) < 30
+    line = next(line for line in started.run("machine", "status").stdout.splitlines() if line.startswith("build-vm "))
+    assert "2020-01-01T00:" in line
+    assert "shifted on purpose by -" in line
+
+
+def test_guix_is_told_of_it_as_it_runs(started: World) -> None:
+    text = started.run("machine", "export", "--format", "guix", "--running").stdout
+    ((_, offer),) = read_guix(text, "machines.scm")
+    assert (offer.host, offer.port, offer.user) == ("127.0.0.1", SSH, "offloading")
+    login = ["ssh", "-F", "none", "-p", str(SSH), "-i", offer.private_key, "-o", "BatchMode=yes"]
+    known = started.root / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{SSH} {offer.host_key}\n")
+    login += [
+        "-o",
+        f"UserKnownHostsFile={known}",
+        "-o",
+        "HostKeyAlgorithms=ssh-ed25519",
+        f"{offer.user}@{offer.host}",
+        "id",
+        "-un",
+    ]
+    assert subprocess.run(login, capture_output=True, text=True, timeout=60).stdout == "offloading\n"
 
 
 def test_account_is_unprivileged(started: World) -> None:

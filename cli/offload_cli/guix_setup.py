@@ -1,0 +1,223 @@
+"""`offload guix setup` and `offload nix setup`: their daemons use our machines from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from offload_cli.complete import machine_names
+from offload_cli.connection import open_client
+from offload_cli.terminal import print_json, print_text, say
+from offload_cli.words import json_option, known_form
+from offloadd.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from offloadd.setup.guix import Guest
+    from offloadd.setup.journal import Journal
+    from offloadd.setup.steps import Step
+
+_MACHINES = typer.Argument(
+    None, metavar="MACHINE...", autocompletion=machine_names, help="By default all that take its builds."
+)
+_DRY_RUN = typer.Option(False, "--dry-run", help="Only say which files would be written.")
+_UNDO = typer.Option(False, "--undo", help="Take back what was set up; what others have changed since is left alone.")
+
+
+def guix(
+    machines: list[str] = _MACHINES,
+    dry_run: bool = _DRY_RUN,
+    undo: bool = _UNDO,
+    directory: Path | None = typer.Option(
+        None, "--directory", metavar="DIR", help="Guix's configuration; else $GUIX_CONFIGURATION_DIRECTORY, else /etc/guix."
+    ),
+    as_json: bool = json_option(),
+) -> None:
+    """Let guix-daemon of this host send builds to the machines (`daemons: [guix]` in their files).
+
+    Host and machines get signing keys, and trust each other's; machines.scm includes ours, and keeps what is in it.
+    Each file that is written is printed; --undo takes back exactly these.
+
+    \b
+    Examples:
+      sudo offload guix setup --dry-run
+      sudo offload guix setup guix-vm
+      sudo offload guix setup --undo
+    """
+    from offloadd.guix.files import configuration_directory
+
+    default = configuration_directory()
+    folder = directory.absolute() if directory else default
+    journal = _journal("guix", folder)
+    if undo:
+        _undo(journal, machines or (), dry_run=dry_run, as_json=as_json)
+        return
+    guests = _guests(machines or ())
+    _set_up(_guix_steps(folder, guests), journal, dry_run=dry_run, as_json=as_json)
+    for guest in guests:
+        if guest.secret_root is None:
+            say(f"{guest.machine}: not ours: give it {folder}/signing-key.pub, and this host its key (acl authorize)")
+    _tell_of_daemon(folder)
+
+
+def _tell_of_daemon(folder: Path) -> None:
+    """What is left to be done."""
+    from offloadd.guix.files import owner_for
+
+    say(f"guix-daemon needs GUIX={folder}/offload/hook in its environment, and a restart; machines that run, too")
+    owner = owner_for(folder)
+    if owner and owner.uid not in (0, os.geteuid()):
+        # The socket is ours alone: whoever may use it has all that the daemon can do.
+        say(f"guix-daemon runs as user {owner.uid}, who cannot reach our daemon: it offloads as without us; root can")
+
+
+def nix(
+    machines: list[str] = _MACHINES,
+    dry_run: bool = _DRY_RUN,
+    undo: bool = _UNDO,
+    directory: Path | None = typer.Option(
+        None, "--directory", metavar="DIR", help="Where nix.conf is; else $NIX_CONF_DIR, else /etc/nix."
+    ),
+    as_json: bool = json_option(),
+) -> None:
+    """Let nix-daemon of this host send builds to the machines (`daemons: [nix]` in their files).
+
+    Its build hook is ours from then on; it asks Nix's own one where none of the machines takes a build.
+    Each file that is written is printed; --undo takes back exactly these.
+
+    \b
+    Examples:
+      sudo offload nix setup --dry-run
+      sudo offload nix setup
+      sudo offload nix setup --undo
+    """
+    from offloadd.setup.nix import nix_directory, nix_steps
+
+    folder = directory.absolute() if directory else nix_directory()
+    journal = _journal("nix", folder)
+    if undo:
+        # There is nothing of a machine's.
+        _undo(journal, (), dry_run=dry_run, as_json=as_json)
+        return
+    _offers("nix", machines or ())
+    _set_up(nix_steps(folder, _wrapper("nix-hook")), journal, dry_run=dry_run, as_json=as_json)
+    say("restart nix-daemon, if one runs")
+
+
+def _journal(which: str, directory: Path) -> Journal:
+    from offloadd.paths import find_paths
+    from offloadd.setup.journal import Journal
+
+    # One for each directory that was set up.
+    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return Journal(find_paths().state / "setup" / f"{which}-{name}.json")
+
+
+def _offers(daemon: str, machines: Sequence[str]) -> list[dict[str, Any]]:
+    """What is offered to that daemon, of these machines alone if there are some; their keys are there from then on."""
+    with open_client() as client:
+        offers: list[dict[str, Any]] = client.get("/v1/offers", daemon=daemon)
+    known = {offer["machine"] for offer in offers}
+    for name in machines:
+        if known_form(name) not in known:
+            hint = f"offload machine show {name}: does it have `daemons: [{daemon}]`, and is it online?"
+            raise NotFoundError(f"takes no builds of {daemon.capitalize()}", subject=name, hint=hint)
+    if not offers:
+        raise NotFoundError(
+            f"no machine takes builds of {daemon.capitalize()}", hint=f"`daemons: [{daemon}]` in a machine's file"
+        )
+    return [offer for offer in offers if not machines or offer["machine"] in machines]
+
+
+def _guests(machines: Sequence[str]) -> list[Guest]:
+    from offloadd.setup.guix import Guest
+
+    guests = []
+    offers = _offers("guix", machines)
+    with open_client() as client:
+        for offer in offers:
+            about = client.get(f"/v1/machines/{offer['machine']}")
+            key = Path(offer["private-key"])
+            # By default the two are neighbours.
+            root = None if about["kind"] == "ssh" else Path(about.get("secret_root") or key.with_name("root"))
+            guests.append(Guest(machine=offer["machine"], client_key=key, secret_root=root))
+    return guests
+
+
+def _guix_steps(folder: Path, guests: Sequence[Guest]) -> list[Step]:
+    from offloadd.guix.files import owner_for
+    from offloadd.guix.live import render_live
+    from offloadd.paths import find_paths
+    from offloadd.setup.guix import DROP_IN, GuixHost, guix_steps, has_unit
+
+    live = render_live(find_paths().socket, os.geteuid(), folder / "offload/ssh")
+    host = GuixHost(directory=folder, owner=owner_for(folder), live=live, hook=_wrapper("guix-hook"))
+    return guix_steps(host, guests, drop_in=DROP_IN if folder == Path("/etc/guix") and has_unit() else None)
+
+
+def _wrapper(command: str) -> bytes:
+    """What runs our hook with the daemon that this command line has."""
+    from offloadd.paths import find_paths
+    from offloadd.setup.steps import wrapper
+
+    paths = find_paths()
+    environment = {
+        "OFFLOAD_SOCKET": str(paths.socket),
+        "XDG_CONFIG_HOME": str(paths.config.parent),
+        "XDG_STATE_HOME": str(paths.state.parent),
+        "XDG_CACHE_HOME": str(paths.cache.parent),
+        "XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", ""),
+    }
+    script = shutil.which(sys.argv[0]) if Path(sys.argv[0]).name == "offload" else None
+    if script:
+        return wrapper([str(Path(script).absolute()), command], environment)
+    if path := os.environ.get("PYTHONPATH"):
+        environment["PYTHONPATH"] = path
+    return wrapper([sys.executable, "-c", "from offload_cli.entry import main; main()", command], environment)
+
+
+def _set_up(steps: Sequence[Step], journal: Journal, *, dry_run: bool, as_json: bool) -> None:
+    from offloadd.setup.steps import perform
+
+    if dry_run:
+        _print([path for step in steps for path in step.wanted()], as_json=as_json)
+        return
+    done = []
+    for path in perform(steps, journal):
+        done.append(path)
+        if not as_json:
+            print_text(str(path))
+    if as_json:
+        print_json([str(path) for path in done])
+    elif not done:
+        say("nothing to do: it is set up")
+
+
+def _print(paths: Sequence[Path], *, as_json: bool) -> None:
+    if as_json:
+        print_json([str(path) for path in paths])
+    elif paths:
+        print_text("\n".join(map(str, paths)))
+    else:
+        say("nothing to do")
+
+
+def _undo(journal: Journal, machines: Sequence[str], *, dry_run: bool, as_json: bool) -> None:
+    if dry_run:
+        _print(journal.paths(machines), as_json=as_json)
+        return
+    done = []
+    for undone in journal.undo(machines):
+        done.append(undone)
+        if not as_json:
+            print_text(f"{undone.path}: {undone.verdict}")
+    if as_json:
+        print_json([{"path": str(undone.path), "verdict": undone.verdict} for undone in done])
+    elif not done:
+        say("nothing to undo")
