@@ -351,9 +351,13 @@ def test_a_file_that_is_like_another(tmp_path: Path) -> None:
     write(tmp_path / "b", "machines/n.yaml", "like: m\ncpu-count: 1\n")
     library = load_library([tmp_path / "a", tmp_path / "b"])
     arm, arm_too = library.image("arm"), library.image("arm-too")
+    assert isinstance(arm, ImageRecipe)
+    assert isinstance(arm_too, ImageRecipe)
     assert (arm.name, arm.architecture, arm.suite, arm.size) == ("arm", "arm64", "bookworm", 2 << 30)
     assert (arm_too.name, arm_too.architecture, arm_too.size) == ("arm-too", "arm64", 3 << 30)
-    assert (library.image("debian").suite, library.image("debian").size) == ("trixie", 2 << 30)
+    debian = library.image("debian")
+    assert isinstance(debian, ImageRecipe)
+    assert (debian.suite, debian.size) == ("trixie", 2 << 30)
     # Sources are found where the file that names them is.
     assert library.folders == {
         "debian": tmp_path / "a/images",
