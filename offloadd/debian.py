@@ -188,6 +188,7 @@ async def bootstrap(
     hooks: Sequence[str] = (),
     dpkg_options: Sequence[str] = (),
     epoch: int | None = None,
+    check_valid_until: bool = True,
     subject: str = "mmdebstrap",
     progress: Progress = silent,
 ) -> None:
@@ -198,6 +199,7 @@ async def bootstrap(
         scratch: a directory for the unpacked root, which any user may enter.
         hooks: shell commands that run at the end as (mapped) root, with the root's path as `$1`.
         epoch: no file is newer than this (seconds since 1970), and Python's bytecode does not depend on file times.
+        check_valid_until: whether an index is refused whose time has passed (a snapshot's has, and a slow mirror's of sid).
 
     Raises:
         HostError: mmdebstrap is missing, or nothing here runs programs of that architecture.
@@ -214,6 +216,7 @@ async def bootstrap(
     argv += ["mmdebstrap", "--verbose", "--variant=minbase", "--format=tar"]
     argv += [f"--mode={'root' if root else 'unshare'}", f"--architectures={architecture}"]
     argv += [f"--include={','.join(packages)}"] if packages else []
+    apt_options += [] if check_valid_until else ['Acquire::Check-Valid-Until "false";']
     argv += [f"--aptopt={option}" for option in apt_options]
     argv += [f"--dpkgopt={option}" for option in dpkg_options]
     argv += [f"--customize-hook={hook}" for hook in (*hooks, tidy)]
