@@ -237,21 +237,30 @@ def binfmt() -> Iterator[tuple[str, ...]]:
     The kernel has them for all workers: the last one that uses them takes out what the first one put in.
     """
     systems = ("aarch64-linux", "armhf-linux", "s390x-linux")
-    with (Path(tempfile.gettempdir()) / f"offload-test-binfmt-{os.getuid()}").open("a+") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        missing = find_usable(read_status(), native_systems()).missing
-        if wanted := [system for system in systems if system in missing]:
-            _as_root("binfmt", "register", *wanted)
-            ours.write(" ".join(wanted) + " ")
-            ours.flush()
-        fcntl.flock(ours, fcntl.LOCK_SH)
+    folder = Path(tempfile.gettempdir()) / f"offload-test-binfmt-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with (folder / "users").open("a+") as users:
+        with _alone(folder):
+            missing = find_usable(read_status(), native_systems()).missing
+            if wanted := [system for system in systems if system in missing]:
+                _as_root("binfmt", "register", *wanted)
+                users.write(" ".join([*wanted, ""]))
+                users.flush()
+            fcntl.flock(users, fcntl.LOCK_SH)
         yield systems
-        with suppress(BlockingIOError):
-            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours.seek(0)
-            if registered := sorted(set(ours.read().split())):
+        with _alone(folder), suppress(BlockingIOError):
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            users.seek(0)
+            if registered := sorted(set(users.read().split())):
                 _as_root("binfmt", "unregister", *registered)
-            ours.truncate(0)
+            users.truncate(0)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _as_root(*arguments: str) -> None:

@@ -225,4 +225,5 @@ def _network(target: Target, plan: VmPlan) -> list[str]:
     # Without restrict the guest reaches every service on the host's loopback.
     restrict = "" if plan.network else ",restrict=on"
     rom = ",romfile=" if target.bus == "pci" else ""
-    return ["-netdev", f"user,id=net0{restrict}{forwards}", *target.device("net", f"netdev=net0{rom}")]
+    # No switch has to learn where a clone is: to announce itself would be among the first things that it does.
+    return ["-netdev", f"user,id=net0{restrict}{forwards}", *target.device("net", f"netdev=net0,guest_announce=off{rom}")]

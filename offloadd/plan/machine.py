@@ -18,7 +18,7 @@ from offloadd.plan.target import find_target
 DISKS_OF_A_BUILD = 3
 """Its environment, its source, its outputs."""
 DISKS_OF_A_CLONE = DISKS_OF_A_BUILD + 1
-"""Those of one build, and the environment that it has had mounted while it waited."""
+"""Those of one build, and the environment that was mounted in it while it waited."""
 SECRETS_PORT = 1004
 """The guest's port on which a guest without our agent takes its secrets (Guix: gnu/services/virtualization.scm)."""
 MAX_BUILDS_INSIDE = 4
@@ -107,7 +107,7 @@ def plan_vm(
         date=machine.date or (now or datetime.now(UTC)).replace(microsecond=0),
         forwards=_forwards(machine, boot),
         network=machine.network,
-        disk_slots=DISKS_OF_A_BUILD * min(machine.parallel_builds, MAX_BUILDS_INSIDE) if boot.has_agent else 0,
+        disk_slots=_disk_slots(machine) if boot.has_agent else 0,
         boot_timeout_s=machine.boot_timeout,
         options=machine.options,
     )
@@ -119,6 +119,11 @@ def _forwards(machine: VmMachine, boot: BootFiles) -> tuple[tuple[int, int], ...
     if not boot.has_agent and SECRETS_PORT not in machine.port_forwardings.values():
         forwards.append((0, SECRETS_PORT))
     return tuple(forwards)
+
+
+def _disk_slots(machine: VmMachine) -> int:
+    """At least as many as in a clone, so that one template serves the machine and the builds in clones of it."""
+    return DISKS_OF_A_CLONE + DISKS_OF_A_BUILD * (min(machine.parallel_builds, MAX_BUILDS_INSIDE) - 1)
 
 
 def plan_for_build(

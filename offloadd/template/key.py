@@ -12,7 +12,7 @@ from offloadd.model.machine import VmMachine
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
 
-FORMAT = 3
+FORMAT = 4
 """Raised when templates that were made before are of no use any more."""
 DATE = datetime(1970, 1, 2, tzinfo=UTC)
 """That of every template: a clone's clock is set, and its boot left no file that is newer than what is built in it."""

@@ -194,8 +194,6 @@ class Instance:
             await self._qmp.give(state, "state")
         finally:
             os.close(state)
-        # No switch has to learn where this one is: its announcements would be among the first things that the guest does.
-        await self._qmp.execute("migrate-set-parameters", **{"announce-rounds": 0})
         await self._qmp.execute("migrate-incoming", uri="fd:state")
         with trio.move_on_after(CONTACT_S):
             while (await self._qmp.execute("query-status")).get("status") == "inmigrate":  # noqa: ASYNC110

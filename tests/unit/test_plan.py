@@ -89,7 +89,7 @@ def test_the_plan_of_a_machine() -> None:
     assert (made.machine, made.instance, made.system) == ("vm", "vm", "x86_64-linux")
     assert (made.cpu, made.cpu_count, made.memory_mib) == ("SandyBridge", 2, 512)
     assert made.forwards == ((11022, 22),)
-    assert (made.disk_slots, made.boot.digest) == (3, "abc")
+    assert (made.disk_slots, made.boot.digest) == (4, "abc")
     assert plan(cpu="486").cpu == "486"
     with pytest.raises(NoMachineError) as caught:
         plan("vm", cpu="Pentium9")
@@ -104,7 +104,7 @@ def test_the_plan_of_a_build_has_its_own_name_date_and_cpu_and_no_ports() -> Non
     assert (moved.forwards, moved.disk_slots) == ((), DISKS_OF_A_CLONE)
 
 
-@pytest.mark.parametrize(("builds", "slots"), [(1, 3), (2, 6), (4, 12), (5, 12), (64, 12)])
+@pytest.mark.parametrize(("builds", "slots"), [(1, 4), (2, 7), (4, 13), (5, 13), (64, 13)])
 def test_each_build_in_a_machine_has_its_drives_as_far_as_a_bus_goes(builds: int, slots: int) -> None:
     assert plan(parallel_builds=builds).disk_slots == slots
 
@@ -153,6 +153,8 @@ SLOTS = [
     *("-device", "virtio-blk-pci,id=slot1,drive=empty1,serial=slot1"),
     *("-blockdev", "driver=null-co,node-name=empty2,size=1099511627776,read-zeroes=on,read-only=off"),
     *("-device", "virtio-blk-pci,id=slot2,drive=empty2,serial=slot2,werror=report"),
+    *("-blockdev", "driver=null-co,node-name=empty3,size=1099511627776,read-zeroes=on,read-only=on"),
+    *("-device", "virtio-blk-pci,id=slot3,drive=empty3,serial=slot3"),
 ]
 
 
@@ -186,7 +188,7 @@ def test_the_whole_command_line() -> None:
         *("-device", "virtio-blk-pci,drive=root,serial=root"),
         *SLOTS,
         *("-netdev", "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:11022-:22"),
-        *("-device", "virtio-net-pci,netdev=net0,romfile="),
+        *("-device", "virtio-net-pci,netdev=net0,guest_announce=off,romfile="),
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         *("-device", "pvpanic-pci"),
     ]
@@ -223,7 +225,8 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
         f"virtio-blk-{bus},drive=root,serial=root",
         *(f"virtio-blk-{bus},id=slot{number},drive=empty{number},serial=slot{number}" for number in range(2)),
         f"virtio-blk-{bus},id=slot2,drive=empty2,serial=slot2,werror=report",
-        "virtio-net-pci,netdev=net0,romfile=" if bus == "pci" else "virtio-net-ccw,netdev=net0",
+        f"virtio-blk-{bus},id=slot3,drive=empty3,serial=slot3",
+        f"virtio-net-{bus},netdev=net0,guest_announce=off" + (",romfile=" if bus == "pci" else ""),
         f"virtio-rng-{bus},rng=rng0",
     ]
     assert options(argv, "-sandbox") == options(qemu_argv(plan(), FDS), "-sandbox")
@@ -301,9 +304,9 @@ def test_drives_are_named_once_and_every_third_can_be_written_to() -> None:
     assert drives == [
         f"virtio-blk-pci,id={slot_name(number)},drive={empty_slot(number)},serial={slot_name(number)}"
         + (",werror=report" if slot_is_writable(number) else "")
-        for number in range(12)
+        for number in range(13)
     ]
-    assert [word.endswith("read-only=off") for word in empty] == [number % 3 == 2 for number in range(12)]
+    assert [word.endswith("read-only=off") for word in empty] == [number % 3 == 2 for number in range(13)]
     assert [slot_is_writable(number) for number in range(6)] == [False, False, True] * 2
     # virtio-blk's serial has room for 20 bytes.
     assert len({slot_name(number) for number in range(100)}) == 100
