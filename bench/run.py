@@ -1,6 +1,6 @@
-"""`make bench`: how fast we are against the bare tools, in one run of about 15 minutes (5 with --quick).
+"""`make bench`: how fast we are against the bare tools, in one run of about 20 minutes (8 with --quick).
 
-    python bench/run.py [--quick] [--only fresh,builds,routes,image,routing,throughput,compile,slots] [--output FOLDER]
+    python bench/run.py [--quick] [--only fresh,builds,routes,image,routing,throughput,compile,slots,offload] [--output FOLDER]
 
 Not a test: what it prints is for people.  Exit status 1 when a target was missed.
 """
@@ -20,8 +20,10 @@ from pathlib import Path
 from bench.builds import measure_command, measure_own_vm, measure_running
 from bench.compiling import measure_compile
 from bench.fresh import measure_fresh
+from bench.hooks import measure_decision
 from bench.images import measure_image
 from bench.measure import BenchError, Budget, Row
+from bench.offloading import measure_offloading
 from bench.report import table, write_report
 from bench.routes import measure_binfmt, measure_local
 from bench.routing import measure_routing
@@ -31,7 +33,7 @@ from bench.workplace import open_workplace
 from offloadd.errors import OffloadError
 from offloadd.model.quantity import format_date, format_duration
 
-PARTS = ("fresh", "builds", "routes", "image", "routing", "throughput", "compile", "slots")
+PARTS = ("fresh", "builds", "routes", "image", "routing", "throughput", "compile", "slots", "offload")
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure offload against the bare tools.")
-    parser.add_argument("--quick", action="store_true", help="few rounds, small loads: 5 minutes instead of 15")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small loads: 8 minutes instead of 20")
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="for results.md and .json")
     return parser.parse_args()
@@ -95,6 +97,9 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
         if "routes" in parts:
             rows += measure_local(place, limit(30, 5, 15), _tell("routes"))
             rows += measure_binfmt(place, limit(40, 1, 3), _tell("routes"))
+        if "offload" in parts:
+            rows += measure_decision(place, limit(5, 5, 20), _tell("offload"))
+            rows += measure_offloading(place, _tell("offload"), quick=quick)
     if "image" in parts:
         with open_workplace(empty_cache=True) as place:
             rows += measure_image(place, limit(90, 1, 3), _tell("image"))

@@ -28,7 +28,6 @@ OTHER_DATE = "2018-06-01"
 """Of a build that gets a VM of its own."""
 _MACHINE = """\
 kind: build-vm
-name: {name}
 image: debian
 port-forwardings: {{{ssh}: 22, {secrets}: 1004}}
 """
@@ -60,9 +59,12 @@ class Workplace:
 
     def add_machine(self, name: str, more: str = "") -> None:
         """Declare a build-vm with free ports, and further lines of YAML."""
-        ssh, secrets = _free_ports()
-        text = _MACHINE.format(name=name, ssh=ssh, secrets=secrets)
-        (self.paths.config / "machines" / f"{name}.yaml").write_text(text + more)
+        ssh, secrets = free_ports()
+        self.add_file(name, _MACHINE.format(ssh=ssh, secrets=secrets) + more)
+
+    def add_file(self, name: str, text: str) -> None:
+        """Declare any machine: the rest of its file."""
+        (self.paths.config / "machines" / f"{name}.yaml").write_text(f"name: {name}\n{text}")
 
     def wait_for_clone(self, count: int, limit_s: float = 60) -> None:
         """Wait until the daemon's log has told so many times that a clone waits.  Raises BenchError when it does not."""
@@ -110,6 +112,8 @@ def open_workplace(*, empty_cache: bool = False) -> Iterator[Workplace]:
 def _workplace(folder: Path, cache: Path) -> Workplace:
     home = {"XDG_CONFIG_HOME": "config", "XDG_STATE_HOME": "state", "XDG_RUNTIME_DIR": "run"}
     env = os.environ | {variable: str(folder / part) for variable, part in home.items()}
+    # Else each start of ours would compile what it imports.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     config, state, runtime = (folder / part / "offload" for part in home.values())
     script = Path(sys.executable).with_name("offload")
     return Workplace(
@@ -129,7 +133,8 @@ def _write_files(place: Workplace) -> None:
     (project / "offload.yaml").write_text(_ONE_LINE)
 
 
-def _free_ports() -> tuple[int, int]:
+def free_ports() -> tuple[int, int]:
+    """Two TCP ports that nobody listens on."""
     with socket.socket() as first, socket.socket() as second:
         for probe in (first, second):
             probe.bind(("127.0.0.1", 0))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from offloadd.directories import SOCKET, base_directory, runtime_directory, state_directory
 from offloadd.errors import NotAllowedError
 
 
@@ -22,7 +23,7 @@ class Paths:
 
     @property
     def socket(self) -> Path:
-        return self.runtime / "offloadd.sock"
+        return self.runtime / SOCKET
 
     @property
     def daemon_log(self) -> Path:
@@ -47,6 +48,11 @@ class Paths:
         return self.state / "logs"
 
     @property
+    def doors(self) -> Path:
+        """A record of each socket for a build daemon that runs as a user of its own."""
+        return self.state / "doors"
+
+    @property
     def secrets(self) -> Path:
         return self.state / "secrets"
 
@@ -65,20 +71,11 @@ def shipped() -> Path:
 
 def find_paths() -> Paths:
     """The directories of this user; nothing is created."""
-    home = Path.home()
-
-    def base(variable: str, default: str) -> Path:
-        value = os.environ.get(variable, "")
-        # The specification has relative paths ignored.
-        return Path(value) if value.startswith("/") else home / default
-
-    state = base("XDG_STATE_HOME", ".local/state") / "offload"
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     return Paths(
-        config=base("XDG_CONFIG_HOME", ".config") / "offload",
-        state=state,
-        cache=base("XDG_CACHE_HOME", ".cache") / "offload",
-        runtime=Path(runtime) / "offload" if runtime.startswith("/") else state / "run",
+        config=Path(base_directory("XDG_CONFIG_HOME", ".config")),
+        state=Path(state_directory()),
+        cache=Path(base_directory("XDG_CACHE_HOME", ".cache")),
+        runtime=Path(runtime_directory()),
     )
 
 

@@ -121,19 +121,23 @@ def _live() -> str:
     from offloadd.guix.files import configuration_directory
     from offloadd.guix.live import render_live
     from offloadd.paths import find_paths
+    from offloadd.setup.door import guix_socket
 
-    return render_live(find_paths().socket, os.geteuid(), configuration_directory() / "offload/ssh")
+    configuration = configuration_directory()
+    return render_live(guix_socket(find_paths(), configuration), os.geteuid(), configuration / "offload/ssh")
 
 
 def write_ours(path: Path, text: str) -> None:
     """Write a file that everybody may read, complete or not at all.
 
     Raises:
-        NotAllowedError: there is one that was not made here.
+        NotAllowedError: there is one that was not made here, or a symbolic link.
         HostError: it cannot be written.
     """
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if path.is_symlink():
+            raise NotAllowedError("is a symbolic link: what it points to is not ours", subject=str(path))
         if path.exists() and MARK not in path.read_text(errors="replace").split("\n", 1)[0]:
             raise NotAllowedError("is not ours to overwrite", subject=str(path), hint="write it elsewhere and include it")
         try:

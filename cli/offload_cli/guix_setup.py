@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ from offload_cli.words import json_option, known_form
 from offloadd.errors import NotFoundError
 
 if TYPE_CHECKING:
+    from offloadd.model.door import Door
     from offloadd.setup.guix import Guest
     from offloadd.setup.journal import Journal
     from offloadd.setup.steps import Step
@@ -36,6 +36,12 @@ def guix(
     undo: bool = _UNDO,
     directory: Path | None = typer.Option(
         None, "--directory", metavar="DIR", help="Guix's configuration; else $GUIX_CONFIGURATION_DIRECTORY, else /etc/guix."
+    ),
+    socket_directory: Path | None = typer.Option(
+        None,
+        "--socket-directory",
+        metavar="DIR",
+        help="Where a guix-daemon with a user of its own finds our daemon; else /run/offload-build-daemons.",
     ),
     as_json: bool = json_option(),
 ) -> None:
@@ -57,24 +63,35 @@ def guix(
     journal = _journal("guix", folder)
     if undo:
         _undo(journal, machines or (), dry_run=dry_run, as_json=as_json)
+        if not dry_run:
+            _refresh_doors()
         return
-    guests = _guests(machines or ())
-    _set_up(_guix_steps(folder, guests), journal, dry_run=dry_run, as_json=as_json)
+    guests, door = _guests(machines or ()), _find_door(folder, socket_directory)
+    _set_up(_guix_steps(folder, guests, door), journal, dry_run=dry_run, as_json=as_json)
+    if not dry_run:
+        _refresh_doors()
     for guest in guests:
         if guest.secret_root is None:
             say(f"{guest.machine}: not ours: give it {folder}/signing-key.pub, and this host its key (acl authorize)")
-    _tell_of_daemon(folder)
+    _tell_of_daemon(folder, door)
 
 
-def _tell_of_daemon(folder: Path) -> None:
+def _tell_of_daemon(folder: Path, door: Door | None) -> None:
     """What is left to be done."""
     from offloadd.guix.files import owner_for
 
     say(f"guix-daemon needs GUIX={folder}/offload/hook in its environment, and a restart; machines that run, too")
+    _tell_of_service()
     owner = owner_for(folder)
-    if owner and owner.uid not in (0, os.geteuid()):
+    if door is not None:
+        say(f"guix-daemon runs as user {door.uid}, who may ask our daemon for machines: {door.socket}")
+    elif owner and owner.uid not in (0, os.geteuid()):
         # The socket is ours alone: whoever may use it has all that the daemon can do.
         say(f"guix-daemon runs as user {owner.uid}, who cannot reach our daemon: it offloads as without us; root can")
+
+
+def _tell_of_service() -> None:
+    say("machines are started on demand while offloadd runs: have it as a service; one that a command starts ends when idle")
 
 
 def nix(
@@ -97,6 +114,7 @@ def nix(
       sudo offload nix setup
       sudo offload nix setup --undo
     """
+    from offloadd.paths import find_paths
     from offloadd.setup.nix import nix_directory, nix_steps
 
     folder = directory.absolute() if directory else nix_directory()
@@ -106,17 +124,16 @@ def nix(
         _undo(journal, (), dry_run=dry_run, as_json=as_json)
         return
     _offers("nix", machines or ())
-    _set_up(nix_steps(folder, _wrapper("nix-hook")), journal, dry_run=dry_run, as_json=as_json)
+    _set_up(nix_steps(folder, _wrapper("nix-hook", find_paths().socket)), journal, dry_run=dry_run, as_json=as_json)
     say("restart nix-daemon, if one runs")
+    _tell_of_service()
 
 
 def _journal(which: str, directory: Path) -> Journal:
     from offloadd.paths import find_paths
-    from offloadd.setup.journal import Journal
+    from offloadd.setup.journal import Journal, setup_name
 
-    # One for each directory that was set up.
-    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-    return Journal(find_paths().state / "setup" / f"{which}-{name}.json")
+    return Journal(find_paths().state / "setup" / f"{setup_name(which, directory)}.json")
 
 
 def _offers(daemon: str, machines: Sequence[str]) -> list[dict[str, Any]]:
@@ -150,25 +167,55 @@ def _guests(machines: Sequence[str]) -> list[Guest]:
     return guests
 
 
-def _guix_steps(folder: Path, guests: Sequence[Guest]) -> list[Step]:
+def _find_door(folder: Path, chosen: Path | None) -> Door | None:
+    """Our daemon's second socket, where guix-daemon needs one."""
+    from offloadd.guix.files import owner_for
+    from offloadd.setup.door import DOORS, guix_door, needs_door
+
+    owner = owner_for(folder)
+    if owner is None or not needs_door(owner):
+        return None
+    # What is a link today may be another one tomorrow.
+    return guix_door(folder, owner, (chosen or DOORS).resolve())
+
+
+def _refresh_doors() -> None:
+    """A daemon that runs opens and closes them at once, the next one when it starts."""
+    from offloadd.client import Client
+
+    with Client() as client:
+        if client.answers():
+            client.post("/v1/doors")
+
+
+def _guix_steps(folder: Path, guests: Sequence[Guest], door: Door | None) -> list[Step]:
     from offloadd.guix.files import owner_for
     from offloadd.guix.live import render_live
     from offloadd.paths import find_paths
     from offloadd.setup.guix import DROP_IN, GuixHost, guix_steps, has_unit
 
-    live = render_live(find_paths().socket, os.geteuid(), folder / "offload/ssh")
-    host = GuixHost(directory=folder, owner=owner_for(folder), live=live, hook=_wrapper("guix-hook"))
-    return guix_steps(host, guests, drop_in=DROP_IN if folder == Path("/etc/guix") and has_unit() else None)
+    paths = find_paths()
+    socket = door.socket if door else paths.socket
+    live = render_live(socket, os.geteuid(), folder / "offload/ssh")
+    host = GuixHost(directory=folder, owner=owner_for(folder), live=live, hook=_wrapper("guix-hook", socket))
+    steps = guix_steps(host, guests, drop_in=DROP_IN if folder == Path("/etc/guix") and has_unit() else None)
+    if door is None:
+        return steps
+    from offloadd.setup.door import door_record, door_step
+
+    return [door_step(door_record(paths, folder), door), *steps]
 
 
-def _wrapper(command: str) -> bytes:
-    """What runs our hook with the daemon that this command line has."""
+def _wrapper(command: str, socket: Path) -> bytes:
+    """What runs our hook with the daemon that this command line has, which listens there."""
     from offloadd.paths import find_paths
     from offloadd.setup.steps import wrapper
 
     paths = find_paths()
     environment = {
-        "OFFLOAD_SOCKET": str(paths.socket),
+        "OFFLOAD_SOCKET": str(socket),
+        # The build daemon's user may be another one than ours.
+        "OFFLOAD_SOCKET_OWNER": str(os.geteuid()),
         "XDG_CONFIG_HOME": str(paths.config.parent),
         "XDG_STATE_HOME": str(paths.state.parent),
         "XDG_CACHE_HOME": str(paths.cache.parent),

@@ -14,7 +14,8 @@ def guix_hook(ctx: typer.Context) -> None:
 
     Set GUIX in guix-daemon's environment to a program that runs `offload guix-hook "$@"`; `offload guix setup` makes one.
     A build that a machine with `daemons: [guix]` can do goes there, and the machine is started when it does not run.
-    Everything else is done by the real guix: OFFLOAD_GUIX says which one that is, OFFLOAD_SOCKET where our daemon listens.
+    Everything else is done by the real guix: OFFLOAD_GUIX says which one that is, OFFLOAD_SOCKET where our daemon
+    listens, OFFLOAD_SOCKET_OWNER the number of the user that it runs as, when that is neither root nor ours.
     """
     raise UsageError("is started by guix-daemon", subject="guix-hook", hint="offload guix-hook --help")
 
@@ -24,7 +25,8 @@ def nix_hook(ctx: typer.Context) -> None:
 
     In nix.conf: `build-hook = /path/to/offload nix-hook`.
     A build that a machine with `daemons: [nix]` can do goes there, and the machine is started when it does not run.
-    Everything else is done by `nix __build-remote`: OFFLOAD_NIX says of which nix, OFFLOAD_SOCKET where our daemon listens.
+    Everything else is done by `nix __build-remote`: OFFLOAD_NIX says of which nix.  OFFLOAD_SOCKET and OFFLOAD_SOCKET_OWNER
+    are as for `guix-hook`.
     """
     raise UsageError("is started by Nix", subject="nix-hook", hint="offload nix-hook --help")
 

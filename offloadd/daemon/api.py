@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from offloadd import __version__
 from offloadd.daemon import views
+from offloadd.daemon.doors import Doors
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
 from offloadd.daemon.offer_routes import add_offer_routes
 from offloadd.daemon.offload_routes import add_offload_routes
@@ -55,7 +56,7 @@ Work = Callable[[Progress], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], None]
 
 
-def make_api(service: Service) -> FastAPI:
+def make_api(service: Service, doors: Doors) -> FastAPI:
     """The application for one service."""
     api = FastAPI(title="offload", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(api, service)
@@ -65,6 +66,7 @@ def make_api(service: Service) -> FastAPI:
     _add_modes(api, service)
     add_offer_routes(api, service)
     add_offload_routes(api, service)
+    _add_doors(api, doors)
     _add_images(api, service)
     _add_environments(api, service)
     _add_templates(api, service)
@@ -111,6 +113,13 @@ def _add_daemon(api: FastAPI, service: Service) -> None:
         """Stop the daemon, its builds and its machines."""
         service.stop()
         return {"pid": service.pid}
+
+
+def _add_doors(api: FastAPI, doors: Doors) -> None:
+    @api.post("/v1/doors")
+    async def refresh() -> list[dict[str, Any]]:
+        """Read anew which sockets there are to be for build daemons that run as users of their own; these."""
+        return [door.to_json() for door in await doors.refresh()]
 
 
 def _add_machines(api: FastAPI, service: Service) -> None:

@@ -21,6 +21,7 @@ from hypercorn.trio import serve
 
 from offloadd import __version__
 from offloadd.daemon.api import make_api
+from offloadd.daemon.doors import open_doors
 from offloadd.daemon.service import Service, open_service
 from offloadd.errors import HostError, NotAllowedError, OffloadError
 from offloadd.model.quantity import parse_duration
@@ -88,10 +89,10 @@ async def run_daemon(paths: Paths, *, idle_timeout_s: float) -> None:
     with _only_one(paths), _listen(paths.socket) as listener:
         # The signals are outermost: a second one hurries what the first has begun.
         async with open_narrow_nursery() as nursery:
-            async with open_service(paths, idle_timeout_s=idle_timeout_s) as service:
+            async with open_service(paths, idle_timeout_s=idle_timeout_s) as service, open_doors(service) as doors:
                 nursery.start_soon(_stop_on_signal, service)
                 log.info("serving", socket=str(paths.socket), pid=os.getpid(), version=__version__)
-                await serve(cast("Any", make_api(service)), _config(listener), shutdown_trigger=service.wait_at_rest)
+                await serve(cast("Any", make_api(service, doors)), _config(listener), shutdown_trigger=service.wait_at_rest)
                 paths.socket.unlink(missing_ok=True)
             nursery.cancel_scope.cancel()
     log.info("ended")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import structlog
 import trio
 
@@ -42,6 +45,12 @@ async def offers(workshop: Workshop, machines: Machines, daemon: BuildDaemon | N
         except OffloadError as exc:  # its keys cannot be read or written: the others are as good as before
             log.warning("machine not offered", machine=name, error=str(exc))
     return found
+
+
+def with_copied_keys(found: Iterable[Offer], copies: Path) -> list[Offer]:
+    """Those whose client key has a copy in the folder `copies`, which they name instead of our own."""
+    pairs = [(offer, copies / offer.machine) for offer in found]
+    return [offer.model_copy(update={"private_key": str(copy)}) for offer, copy in pairs if copy.is_file()]
 
 
 def takes(machine: SshMachine | VmMachine, daemon: BuildDaemon | None) -> bool:

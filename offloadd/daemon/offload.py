@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from offloadd.daemon.machines import Machines, RunningMachine
-from offloadd.daemon.offers import offers
+from offloadd.daemon.offers import offers, with_copied_keys
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import CancelledError, NotFoundError, OffloadError
@@ -26,6 +26,9 @@ from offloadd.nursery import open_narrow_nursery
 
 DEFAULT_IDLE_S = 600.0
 """For a machine that was adopted while its file is wrong."""
+
+ASKED_AGAIN_S = 15.0
+"""A machine that was started is left for this long at least: guix-daemon asks again only every 5 s."""
 
 log = structlog.get_logger()
 
@@ -104,18 +107,24 @@ class Offloading:
         """Leases."""
         return sum(self._leases.values())
 
-    async def decide(self, request: OffloadRequest) -> Verdict:
+    async def decide(self, request: OffloadRequest, copies: Path | None = None) -> Verdict:
         """What becomes of the request; a machine that it needs is started in the background.
 
         An offer that is taken is to be leased before anything else is waited for.
 
+        Args:
+            copies: a folder with copies of client keys, for who can read only these: the other machines are not for him.
         Raises:
             ConfigError: a machine's file is wrong.
         """
         offered = await offers(self._workshop, self._machines, request.daemon)
+        if copies is not None:
+            offered = await trio.to_thread.run_sync(with_copied_keys, offered, copies)
         verdict = judge(request, offered, self._slots.busy, {offer.machine for offer in offered if self._broken(offer.machine)})
         if verdict.start is not None:
             self._start(verdict.start.machine)
+        if verdict.take is not None and (minded := self._minded.get(verdict.take.machine)) and minded.is_ending:
+            return Verdict(postpone=True, why=f"{verdict.take.machine} has just been stopped")
         return verdict
 
     @contextmanager
@@ -173,12 +182,13 @@ class Offloading:
     async def _wait_idle(self, name: str, running: RunningMachine, minded: _Minded) -> None:
         """Stop it when nobody had a lease for long enough; returns at its end, whatever the way."""
         timeout = running.declared.idle_timeout if running.declared else DEFAULT_IDLE_S
-        minded.last_used = trio.current_time()
+        minded.last_used = trio.current_time() + max(0.0, ASKED_AGAIN_S - timeout)
         async with open_narrow_nursery() as nursery:
             nursery.start_soon(_then_cancel, running.ended.wait, nursery.cancel_scope)
             while (rest := self._rest(name, minded, timeout)) > 0:
                 with trio.move_on_after(rest):
                     await minded.unused.wait()
+            minded.is_ending = True
             log.info("machine idle: stopping it", machine=name)
             with suppress(NotFoundError):  # it has just ended by itself
                 await self._machines.stop(name)
@@ -222,6 +232,8 @@ class _Minded:
         self.last_used = trio.current_time()
         self.unused = trio.Event()
         """A lease has ended."""
+        self.is_ending = False
+        """It was idle for too long: nobody gets it any more."""
 
 
 async def _then_cancel(wait: Callable[[], Awaitable[object]], scope: trio.CancelScope) -> None:

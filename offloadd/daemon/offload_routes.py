@@ -37,7 +37,7 @@ async def _lines(service: Service, request: OffloadRequest) -> AsyncIterator[byt
     """Decided here and not before the response begins: a client that has gone by then leaves no lease behind."""
     try:
         verdict = await service.offloading.decide(request)
-        said = _say(verdict, request)
+        said = describe(verdict, request)
     except OffloadError as exc:
         verdict, said = Verdict(), {"decision": "decline", "why": str(exc)}
     with service.offloading.lease(verdict.take.machine) if verdict.take else nullcontext():
@@ -46,7 +46,8 @@ async def _lines(service: Service, request: OffloadRequest) -> AsyncIterator[byt
             await trio.sleep_forever()
 
 
-def _say(verdict: Verdict, request: OffloadRequest) -> dict[str, Any]:
+def describe(verdict: Verdict, request: OffloadRequest) -> dict[str, Any]:
+    """The first line of the answer."""
     if verdict.take is None:
         return {"decision": "postpone" if verdict.postpone else "decline", "why": verdict.why}
     offer = verdict.take

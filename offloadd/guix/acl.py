@@ -10,7 +10,7 @@ which Guix does not read: lines of fingerprint, blank, comment.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def open_acl(path: Path, owner: Owner | None = None, *, make: bool = True) -> It
         if acl.changed:
             replace(path, acl.text, MODE, owner)
         if any(entry.comment for entry in {*before} ^ {*acl.entries}):
-            _write_comments(path.with_name(COMMENTS), acl, owner)
+            _write_comments(path.with_name(COMMENTS), _comments(before), _comments(acl.entries), owner)
 
 
 def known_names(directory: Path, shared: Iterable[Path] = _SHARED) -> dict[str, str]:
@@ -214,18 +214,33 @@ def _check_entry(path: Path, number: int, sexp: Sexp) -> Entry:
 
 def _with_comments(path: Path, entries: list[Entry]) -> list[Entry]:
     try:
-        text = read_small(path.with_name(COMMENTS), MAX_SIZE).decode("utf-8", "replace")
+        lines = _comment_lines(path.with_name(COMMENTS))
     except OffloadError:
         # Whoever may read the ACL may see it without comments.
         return entries
-    comments = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+    comments = dict(line.split(" ", 1) for line in lines if " " in line)
     return [Entry(entry.sexp, comments.get(entry.key.fingerprint, "") if entry.key else "") for entry in entries]
 
 
-def _write_comments(path: Path, acl: Acl, owner: Owner | None) -> None:
-    rows = {entry.key.fingerprint: entry.comment for entry in acl.entries if entry.key and entry.comment}
-    if rows:
-        text = "".join(f"{fingerprint} {comment}\n" for fingerprint, comment in rows.items())
-        replace(path, text.encode(), MODE, owner)
+def _comment_lines(path: Path) -> list[str]:
+    return read_small(path, MAX_SIZE).decode("utf-8", "replace").splitlines()
+
+
+def _comments(entries: Iterable[Entry]) -> dict[str, str]:
+    """Fingerprint -> comment."""
+    return {entry.key.fingerprint: entry.comment for entry in entries if entry.key and entry.comment}
+
+
+def _write_comments(path: Path, before: Mapping[str, str], now: Mapping[str, str], owner: Owner | None) -> None:
+    """Only what has changed: the other lines stay where they are, also those of keys that are not in the ACL."""
+    lines: list[str] = []
+    with suppress(NotFoundError):
+        lines = _comment_lines(path)
+    told = {line.partition(" ")[0]: line for line in lines if " " in line}
+    for fingerprint in before.keys() - now.keys():
+        told.pop(fingerprint, None)
+    told |= {fingerprint: f"{fingerprint} {comment}" for fingerprint, comment in now.items()}
+    if told:
+        replace(path, "".join(f"{line}\n" for line in told.values()).encode(), MODE, owner)
     else:
         remove(path)

@@ -49,8 +49,11 @@ def make_directory(directory: Path, owner: Owner | None) -> None:
     with files_of(directory):
         if directory.is_dir():
             return
+        if not directory.parent.is_dir():
+            # With the same mode, whatever our umask: another user is to come in.
+            make_directory(directory.parent, None)
         try:
-            directory.mkdir(parents=True)
+            directory.mkdir()
         except FileExistsError:
             # Made by another command at the same time, or a file; then opening it says so.
             return
@@ -78,12 +81,17 @@ def replace(path: Path, content: bytes, mode: int, owner: Owner | None) -> None:
     with files_of(path):
         with suppress(FileNotFoundError):
             info = path.lstat()
-            if path.is_symlink():
-                hint = "on Guix System, `authorized-keys` of guix-configuration says what is in the ACL"
-                raise NotAllowedError("is a symbolic link: what it points to is not ours", subject=str(path), hint=hint)
+            refuse_link(path)
             mode, owner = info.st_mode & 0o7777, Owner(info.st_uid, info.st_gid)
         with _written(path, content, mode, owner) as new:
             new.replace(path)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise NotAllowedError when it is a symbolic link: Guix System and NixOS make their configuration so."""
+    if path.is_symlink():
+        hint = "where the system is declared, say it there: Guix System has `authorized-keys` and `build-machines`"
+        raise NotAllowedError("is a symbolic link: what it points to is not ours", subject=str(path), hint=hint)
 
 
 def remove(path: Path) -> None:
@@ -101,6 +109,19 @@ def read_small(path: Path, limit: int) -> bytes:
     """
     with files_of(path), path.open("rb") as file:
         return file.read(limit + 1)
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes, which is to be written again, or kept.
+
+    Raises:
+        HostError: it is larger, or cannot be read.
+        NotFoundError, NotAllowedError: as `read_small`.
+    """
+    content = read_small(path, limit)
+    if len(content) > limit:
+        raise HostError(f"is larger than {limit} bytes", subject=str(path))
+    return content
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def _public_half(path: Path) -> PublicKey:
     match parse_sexp(read_small(path, MAX_SIZE), str(path)):
         case (b"private-key", (bytes(algorithm), *pairs)) if algorithm in _PUBLIC_PARTS:
             parts = _PUBLIC_PARTS[algorithm]
-            key = as_public_key((b"public-key", (algorithm, *(pair for pair in pairs if pair[0] in parts))))
+            key = as_public_key((b"public-key", (algorithm, *(pair for pair in pairs if pair[:1] and pair[0] in parts))))
             if key is not None and parts[-1] in key.parameters:
                 return key
     raise wrong(path, "", "is no private key of a kind that is known here")

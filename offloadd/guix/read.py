@@ -52,7 +52,7 @@ def _entries(data: list[Datum], file: str) -> tuple[Datum, ...]:
     # The last is what Guix takes, but what stands before it is there for what it does.
     first = data[0]
     entries = _call(first, "list")
-    if entries is None and (quoted := _call(first, "quote")) is not None and quoted[0].value == ():
+    if entries is None and (quoted := _call(first, "quote")) and quoted[0].value == ():
         entries = ()
     if entries is None:
         _fail(first, file, "this is code, and only (list (build-machine ...) ...) is read")
@@ -113,7 +113,10 @@ def _integer(datum: Datum) -> object:
 
 def _number(datum: Datum) -> object:
     value = datum.value
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _WRONG
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _WRONG
+    except OverflowError:
+        return _WRONG
 
 
 def _threshold(datum: Datum) -> object:
@@ -122,7 +125,7 @@ def _threshold(datum: Datum) -> object:
 
 def _strings(datum: Datum) -> object:
     items: tuple[Datum, ...] | None = _call(datum, "list")
-    if items is None and (quoted := _call(datum, "quote")) is not None:
+    if items is None and (quoted := _call(datum, "quote")):
         inner = quoted[0].value
         items = inner if isinstance(inner, tuple) else None
     if items is None:

@@ -17,6 +17,8 @@ from typing import NoReturn, TypeAlias
 from offloadd.errors import ConfigError, Problem
 
 MAX_DEPTH = 50
+MAX_DIGITS = 1000
+"""Of a number; Python itself reads up to 4300."""
 MAX_SIZE = 1 << 20
 """Characters: a file of a thousand machines has half of it."""
 
@@ -254,6 +256,8 @@ class _Reader:
         if word in _CONSTANTS:
             return _CONSTANTS[word]
         if _INTEGER.fullmatch(word):
+            if len(word) > MAX_DIGITS:
+                self.fail(begin, f"a number of more than {MAX_DIGITS} digits")
             return int(word)
         if _DECIMAL.fullmatch(word):
             return float(word)

@@ -6,10 +6,8 @@ import json
 import os
 import socket
 import struct
-from pathlib import Path
-from typing import Any
 
-from offloadd.paths import find_paths
+from offloadd.directories import SOCKET, runtime_directory
 
 PATIENCE_S = 10.0
 """After which a daemon that is silent counts as absent: the build daemon behind us does nothing else while it waits."""
@@ -29,7 +27,7 @@ class Unanswered(Exception):
 class Answer:
     """What our daemon says.  After `accept` the machine is ours until `release`, or our own end."""
 
-    def __init__(self, said: dict[str, Any], connection: socket.socket) -> None:
+    def __init__(self, said: dict[str, object], connection: socket.socket) -> None:
         self.decision = str(said.get("decision"))
         """`accept`, `postpone` or `decline`."""
         self.why = str(said.get("why", ""))
@@ -52,13 +50,12 @@ def ask(daemon: str, system: str, features: list[str], *, local: bool, keys: dic
         Unanswered: what is left is to do without.
     """
     request = {"daemon": daemon, "system": system, "features": features, "local": local, "keys": keys}
-    path, chosen = _find_socket()
+    path = os.environ.get("OFFLOAD_SOCKET") or f"{runtime_directory()}/{SOCKET}"
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(PATIENCE_S)
     try:
         connection.connect(path)
-        if not chosen:
-            _check_ours(connection)
+        _check_server(connection)
         body = json.dumps(request).encode()
         # HTTP/1.0: the answer's lines come as they are, without the lengths of chunks between them.
         head = f"POST /v1/offload HTTP/1.0\r\nHost: offloadd\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -72,28 +69,24 @@ def ask(daemon: str, system: str, features: list[str], *, local: bool, keys: dic
         raise Unanswered(f"{path}: {exc}") from exc
 
 
-def copied_keys(configuration: Path) -> dict[str, str]:
+def copied_keys(configuration: str) -> dict[str, str]:
     """The copies of client keys below a build daemon's configuration directory: machine -> file."""
+    folder = f"{configuration}/offload/ssh"
     try:
-        return {file.name: str(file) for file in (configuration / "offload/ssh").iterdir() if not file.name.startswith(".")}
+        return {name: f"{folder}/{name}" for name in os.listdir(folder) if not name.startswith(".")}
     except OSError:
         return {}
 
 
-def _find_socket() -> tuple[str, bool]:
-    """The socket, and whether somebody chose it in our environment."""
-    chosen = os.environ.get("OFFLOAD_SOCKET", "")
-    return chosen or str(find_paths().socket), bool(chosen)
-
-
-def _check_ours(connection: socket.socket) -> None:
-    """Raise `ValueError` when somebody else serves there: we would log in where they say."""
+def _check_server(connection: socket.socket) -> None:
+    """Raise `ValueError` when somebody else serves there than root, we, or whom our environment names: we would log in where
+    they say."""
     _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    if uid not in (0, os.geteuid()):
+    if uid not in (0, os.geteuid()) and str(uid) != os.environ.get("OFFLOAD_SOCKET_OWNER"):
         raise ValueError(f"is served by another user ({uid})")
 
 
-def _read(connection: socket.socket) -> dict[str, Any]:
+def _read(connection: socket.socket) -> dict[str, object]:
     """The first line of the answer; the others never come while the connection is open."""
     answer = b""
     while True:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from offloadd.hook.ask import Answer, Unanswered, ask, copied_keys
 from offloadd.hook.configuration import MACHINES, open_configuration
@@ -50,22 +49,24 @@ class Hook:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
-        self._configuration = Path(os.environ.get("GUIX_CONFIGURATION_DIRECTORY") or "/etc/guix")
+        self._configuration = os.environ.get("GUIX_CONFIGURATION_DIRECTORY") or "/etc/guix"
         self._plain: Real | None = None
         """The real program with the user's own machines."""
         self._warned = False
+        self._accepted = False
 
     def serve(self, inlet: Input) -> int:
         """Answer; the exit status."""
         while line := inlet.line():
             answer = self._ask(line)
-            if answer is None or answer.decision == "decline":
-                status = self._try_plain(line, inlet)
-            elif answer.decision == "accept":
-                status = self._hand_over(answer, line, inlet)
-            else:
+            try:
+                status = self._answer(answer, line, inlet)
+            except OSError as exc:  # no room for a file, or no such program
+                if self._accepted:
+                    raise
+                # Without an answer the build daemon would have the build fail.
                 status = None
-                write_all(OUT, b"# postpone\n")
+                write_all(OUT, f"offload: {exc}\n# decline\n".encode())
             if answer is not None:
                 answer.release()
             if status is not None:
@@ -73,6 +74,15 @@ class Hook:
         if self._plain is not None:
             self._plain.close()
         return 0
+
+    def _answer(self, answer: Answer | None, line: bytes, inlet: Input) -> int | None:
+        """The build's status when it was accepted, and is done."""
+        if answer is None or answer.decision == "decline":
+            return self._try_plain(line, inlet)
+        if answer.decision == "accept":
+            return self._hand_over(answer, line, inlet)
+        write_all(OUT, b"# postpone\n")
+        return None
 
     def _ask(self, line: bytes) -> Answer | None:
         """None: we have to do without our daemon, or it would not understand."""
@@ -92,7 +102,7 @@ class Hook:
     def _try_plain(self, line: bytes, inlet: Input) -> int | None:
         """As without us.  The status when that accepted the build and has done it."""
         if self._plain is None:
-            if not (self._configuration / MACHINES).exists():
+            if not os.path.exists(f"{self._configuration}/{MACHINES}"):
                 write_all(OUT, b"# decline\n")  # what it would say, without the second that it takes to start
                 return None
             self._plain = Real(self._command, os.environ, OUT)
@@ -101,14 +111,13 @@ class Hook:
     def _hand_over(self, answer: Answer, line: bytes, inlet: Input) -> int | None:
         """To the real program, which knows of that one machine only."""
         with open_configuration(self._configuration, answer.entry) as folder:
-            real = Real(self._command, {**os.environ, "GUIX_CONFIGURATION_DIRECTORY": str(folder)}, OUT)
+            real = Real(self._command, {**os.environ, "GUIX_CONFIGURATION_DIRECTORY": folder}, OUT)
             real.send(line)
             reply = real.reply()
             if reply == b"# accept\n":
                 if self._plain is not None:
                     self._plain.close()
-                write_all(OUT, reply)
-                return real.relay(inlet)
+                return self._accept(real, inlet)
             real.close()
         # It may have died: then the build daemon would wait for an answer in vain.
         write_all(OUT, reply or b"# decline\n")
@@ -117,7 +126,13 @@ class Hook:
     def _follow(self, real: Real, line: bytes, inlet: Input) -> int | None:
         real.send(line)
         reply = real.reply()
-        write_all(OUT, reply)
         if reply == b"# accept\n":
-            return real.relay(inlet)
+            return self._accept(real, inlet)
+        write_all(OUT, reply)
         return None if reply else real.close() or 1
+
+    def _accept(self, real: Real, inlet: Input) -> int:
+        """The status of the build, which the real program does now."""
+        self._accepted = True
+        write_all(OUT, b"# accept\n")
+        return real.relay(inlet)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 from offloadd.hook.ask import Answer, Unanswered, ask, copied_keys
 from offloadd.hook.relay import Input, Real, find_program, write_all
@@ -53,23 +52,25 @@ class Hook:
         self._command = command
         self._inlet = inlet
         self._settings = _read_settings(inlet)
-        self._configuration = Path(os.environ.get("NIX_CONF_DIR") or "/etc/nix")
+        self._configuration = os.environ.get("NIX_CONF_DIR") or "/etc/nix"
         self._plain: Real | None = None
         self._no_plain = False
         """It has said that it never will."""
         self._warned = False
+        self._accepted = False
 
     def serve(self) -> int:
         """Answer; the exit status."""
         while (request := self._read_request()) is not None:
             raw, answer = request
-            if answer is None or answer.decision == "decline":
-                status = self._try_plain(raw, alone=answer is None)
-            elif answer.decision == "accept":
-                status = self._hand_over(answer, raw)
-            else:
+            try:
+                status = self._answer(answer, raw)
+            except OSError as exc:  # no such program
+                if self._accepted:
+                    raise
+                # Without an answer Nix would have the build fail.
                 status = None
-                write_all(OUT, b"# postpone\n")
+                write_all(OUT, f"offload: {exc}\n# decline\n".encode())
             if answer is not None:
                 answer.release()
             if status is not None:
@@ -77,6 +78,15 @@ class Hook:
         if self._plain is not None:
             self._plain.close()
         return 0
+
+    def _answer(self, answer: Answer | None, raw: bytes) -> int | None:
+        """The build's status when it was accepted, and is done."""
+        if answer is None or answer.decision == "decline":
+            return self._try_plain(raw, alone=answer is None)
+        if answer.decision == "accept":
+            return self._hand_over(answer, raw)
+        write_all(OUT, b"# postpone\n")
+        return None
 
     def _read_request(self) -> tuple[bytes, Answer | None] | None:
         """The next request as it came and what our daemon says to it; None when there is none."""
@@ -143,8 +153,7 @@ class Hook:
         self._plain.send(raw)
         reply = self._plain.reply()
         if reply == b"# accept\n":
-            write_all(OUT, reply)
-            return self._plain.relay(self._inlet)
+            return self._accept(self._plain)
         if reply == b"# decline-permanently\n" or not reply:
             # It has no machines; that says nothing of ours, which may take the next build.
             self._plain.close()
@@ -161,11 +170,16 @@ class Hook:
         if reply == b"# accept\n":
             if self._plain is not None:
                 self._plain.close()
-            write_all(OUT, reply)
-            return real.relay(self._inlet)
+            return self._accept(real)
         real.close()
         write_all(OUT, b"# postpone\n" if reply == b"# postpone\n" else b"# decline\n")
         return None
+
+    def _accept(self, real: Real) -> int:
+        """The status of the build, which the real program does now."""
+        self._accepted = True
+        write_all(OUT, b"# accept\n")
+        return real.relay(self._inlet)
 
 
 def _read_settings(inlet: Input) -> dict[bytes, bytes]:

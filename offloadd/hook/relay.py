@@ -7,7 +7,6 @@ import select
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 PIECE = 1 << 16
 MAX_LINE = 1 << 20
@@ -151,9 +150,9 @@ def find_program(name: str, variable: str, *wrappers: str) -> str:
     if chosen := os.environ.get(variable):
         return chosen
     for folder in [*(os.environ.get("PATH") or os.defpath).split(os.pathsep), "/usr/bin", "/usr/local/bin"]:
-        path = Path(folder, name)
-        if os.access(path, os.X_OK) and path.is_file() and not any(_same(path, wrapper) for wrapper in wrappers):
-            return str(path)
+        path = os.path.join(folder, name)
+        if os.access(path, os.X_OK) and os.path.isfile(path) and not any(_same(path, wrapper) for wrapper in wrappers):
+            return path
     raise FileNotFoundError(f"{name} is not in PATH; {variable} may say where it is")
 
 
@@ -163,8 +162,8 @@ def execute(argv: Sequence[str]) -> None:
     os.execv(argv[0], list(argv))  # noqa: S606
 
 
-def _same(path: Path, other: str) -> bool:
+def _same(path: str, other: str) -> bool:
     try:
-        return bool(other) and path.samefile(other)
+        return bool(other) and os.path.samefile(path, other)
     except OSError:
         return False

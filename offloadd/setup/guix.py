@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from offloadd.errors import NotFoundError
 from offloadd.guix.acl import ACL, COMMENTS, Acl, open_acl
-from offloadd.guix.files import Owner, read_small
+from offloadd.guix.files import Owner, read_small, refuse_link
 from offloadd.guix.key import PRIVATE_KEY, PUBLIC_KEY, PublicKey, make_signing_key, read_public_key
 from offloadd.setup.include import include
 from offloadd.setup.steps import Step, file_step, read_text
@@ -144,8 +145,15 @@ def _host_acl_step(host: GuixHost, inside: Path, machine: str) -> Step:
 def _acl_step(path: Path, keys: Callable[[], list[PublicKey]], owner: Owner | None, machine: str, comment: str) -> Step:
     def pending() -> list[Path]:
         acl = Acl.read(path)
-        missing = not path.exists() or any(acl.find(key) is None for key in keys())
-        return ([path, path.with_name(COMMENTS)] if comment else [path]) if missing else []
+        try:
+            missing = not path.exists() or any(acl.find(key) is None for key in keys())
+        except NotFoundError:
+            refuse_link(path)  # a key that is still to be made is not in it
+            raise
+        if not missing:
+            return []
+        refuse_link(path)
+        return [path, path.with_name(COMMENTS)] if comment else [path]
 
     def do() -> Iterable[str]:
         wanted = keys()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from offloadd.errors import HostError, NotFoundError
 from offloadd.guix.acl import COMMENTS, Entry, open_acl
-from offloadd.guix.files import Owner, files_of, read_small, remove
+from offloadd.guix.files import Owner, files_of, locked, read_small, read_whole, remove
 from offloadd.guix.files import replace as write_file
 from offloadd.guix.key import PUBLIC_KEY, read_public_key
 from offloadd.guix.sexp import parse_sexp
@@ -51,6 +51,11 @@ class Record:
     """Fingerprints that were put into it, when it is an ACL."""
 
 
+def setup_name(which: str, directory: Path) -> str:
+    """The name of the files that belong to the setup of this directory: there is one for each."""
+    return f"{which}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
+
+
 class Journal:
     """The records of one setup, in the order of the changes."""
 
@@ -64,13 +69,27 @@ class Journal:
         self._path = path
         self.records: list[Record] = []
         self._originals: dict[str, str | None] = {}
-        with suppress(NotFoundError):
-            data = read_small(path, MAX_SIZE)
-            try:
-                self._load(json.loads(data))
-            except (ValueError, TypeError, KeyError) as exc:
-                hint = "without it nothing can be undone; move it away to set up anew"
-                raise HostError("is no journal of a setup", subject=str(path), hint=hint) from exc
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            data = read_small(self._path, MAX_SIZE)
+        except NotFoundError:
+            self.records, self._originals = [], {}
+            return
+        try:
+            self._load(json.loads(data))
+        except (ValueError, TypeError, KeyError) as exc:
+            hint = "without it nothing can be undone; move it away to set up anew"
+            raise HostError("is no journal of a setup", subject=str(self._path), hint=hint) from exc
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """As it is now, and nobody else changes it: two setups may run at once."""
+        make_private(self._path.parent)
+        with locked(self._path.parent):
+            self._read()
+            yield
 
     def _load(self, found: Any) -> None:
         self._originals = dict(found["originals"])
@@ -78,7 +97,6 @@ class Journal:
         self.records = [Record(**row) for row in rows]
 
     def _save(self) -> None:
-        make_private(self._path.parent)
         if not self.records:
             remove(self._path)
             return
@@ -98,6 +116,10 @@ class Journal:
         Raises:
             NotAllowedError, HostError: a file cannot be read, or the journal not be written.
         """
+        with self._alone():
+            yield from self._record(machine, paths)
+
+    def _record(self, machine: str, paths: Sequence[Path]) -> Iterator[list[str]]:
         keys: list[str] = []
         began = len(self.records)
         for path in paths:
@@ -127,16 +149,21 @@ class Journal:
             NotAllowedError, HostError: a file cannot be written.
         """
         for record in self._select(machines):
-            verdict = self._undo(record)
-            at = self.records.index(record)
-            # What another machine's files are in goes with the last one.
-            shared = record.after == "directory" and record.path.is_dir() and self.machines - {record.machine}
-            self.records[at : at + 1] = [replace(record, machine="")] if shared else []
-            if not any(other.path == record.path for other in self.records):
-                self._originals.pop(str(record.path), None)
-            self._save()
+            with self._alone():
+                verdict = self._undo_recorded(record) if record in self.records else None
             if verdict:
                 yield Undone(record.path, verdict)
+
+    def _undo_recorded(self, record: Record) -> Verdict | None:
+        verdict = self._undo(record)
+        at = self.records.index(record)
+        # What another machine's files are in goes with the last one.
+        shared = record.after == "directory" and record.path.is_dir() and self.machines - {record.machine}
+        self.records[at : at + 1] = [replace(record, machine="")] if shared else []
+        if not any(other.path == record.path for other in self.records):
+            self._originals.pop(str(record.path), None)
+        self._save()
+        return verdict
 
     def paths(self, machines: Sequence[str] = ()) -> list[Path]:
         """The files that `undo` would look at."""
@@ -214,7 +241,7 @@ def _content(path: Path) -> str | None:
     with files_of(path):
         if not os.path.lexists(path):
             return None
-    return b64encode(read_small(path, MAX_SIZE)).decode()
+    return b64encode(read_whole(path, MAX_SIZE)).decode()
 
 
 def _digest(content: str | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.errors import NotFoundError
-from offloadd.guix.files import Owner, make_directory, publish_new, read_small, replace
+from offloadd.guix.files import Owner, make_directory, publish_new, read_whole, refuse_link, replace
 from offloadd.setup.journal import MAX_SIZE, Journal
 
 MADE_BY = "Made by offload: a change is lost."
@@ -60,7 +60,10 @@ def file_step(path: Path, text: Callable[[], bytes], mode: int = 0o644, owner: O
     """
 
     def pending() -> list[Path]:
-        return [] if _read(path) == text() else [path]
+        if _read(path) == text():
+            return []
+        refuse_link(path)
+        return [path]
 
     def do() -> tuple[str, ...]:
         make_directory(path.parent, None)
@@ -81,7 +84,7 @@ def read_text(path: Path) -> str | None:
 def _read(path: Path) -> bytes | None:
     if not os.path.lexists(path):
         return None
-    return read_small(path, MAX_SIZE)
+    return read_whole(path, MAX_SIZE)
 
 
 def wrapper(argv: Sequence[str], environment: Mapping[str, str]) -> bytes:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 
-from ..conftest import World
+from ..conftest import REPOSITORY, World
 from .foreign_hooks import GUIX, NIX
 
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGN1cnZlIG9mIGEga2V5IHRoYXQgbm9ib2R5IGhh"
@@ -159,6 +159,35 @@ def test_what_a_killed_hook_leaves_is_removed_by_the_next(world: World, configur
         assert (own / "acl").read_text() == "(acl)"
         assert asked.end(b"in \nout \n")[0] == 0
     assert not list(tmp_path.glob("offload-hook-*"))
+
+
+def test_a_build_is_not_lost_when_there_is_no_room_for_its_configuration(world: World, configuration: Path) -> None:
+    with guix_hook(world, configuration, TMPDIR="/proc/nothing") as asked:
+        for _ in range(2):
+            asked.tell(guix_request())
+            assert asked.reply() == "# decline"
+        assert asked.end()[0] == 0
+
+
+def test_a_build_is_not_lost_when_what_was_made_for_it_cannot_be_removed(
+    world: World, configuration: Path, tmp_path: Path
+) -> None:
+    with guix_hook(world, configuration, TMPDIR=str(tmp_path)) as asked:
+        asked.tell(guix_request())
+        assert asked.reply() == "# accept"
+        [made] = tmp_path.glob("offload-hook-*")
+        (made / "folder").mkdir()
+        assert asked.end(b"in \nout \n")[0] == 0
+
+
+def test_without_the_real_program_builds_are_declined(world: World, configuration: Path, tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing")
+    with guix_hook(world, configuration, OFFLOAD_GUIX=nothing) as asked:
+        asked.tell(guix_request())
+        assert asked.reply() == "# decline"
+    with hook(world, "nix-hook", "3", OFFLOAD_NIX=nothing) as asked:
+        asked.tell(nix_settings() + nix_request())
+        assert asked.reply() == "# decline"
 
 
 @pytest.mark.parametrize("status", [1, 100, 101])
@@ -326,3 +355,14 @@ def test_both_are_commands_with_help(world: World) -> None:
     assert {"guix-hook", "nix-hook"} <= set(world.run("--help").stdout.split())
     assert "GUIX" in world.run("guix-hook", "--help").stdout
     assert "build-hook" in world.run("nix-hook", "--help").stdout
+
+
+def test_hooks_load_little() -> None:
+    """Each request of a build daemon waits for their start."""
+    heavy = {"dataclasses", "pathlib", "subprocess", "typing", "typer"}
+    loaded = "import offload_cli.entry, offloadd.hook.guix, offloadd.hook.nix"
+    code = f"import sys; sys.path[:0] = sys.argv[1:]; {loaded}; print({heavy} & {{*sys.modules}})"
+    roots = [str(REPOSITORY), str(REPOSITORY / "cli")]
+    # Without site: the .pth files of an installation load what they like.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, *roots], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -113,6 +113,12 @@ def test_export_for_guix(world: World, tmp_path: Path) -> None:
     # Ours is written anew; the user's own is kept.
     world.run("machine", "export", "--format", "guix", "far", "-o", file)
     assert len(read_guix(file.read_text(), str(file))) == 1
+    # A link is the user's, too.
+    link = file.with_name("link.scm")
+    link.symlink_to(file)
+    assert "symbolic link" in world.run("machine", "export", "--format", "guix", "-o", link, status=6).stderr
+    assert link.is_symlink()
+    link.unlink()
     file.write_text("(list) ; mine\n")
     assert "not ours to overwrite" in world.run("machine", "export", "--format", "guix", "-o", file, status=6).stderr
     assert file.read_text() == "(list) ; mine\n"

@@ -110,9 +110,10 @@ def test_a_broken_private_key_is_told_without_its_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no hexadecimal number") as caught:
         make_signing_key(tmp_path)
     assert "SECRET" not in caught.value.render()
-    (tmp_path / "signing-key.sec").write_bytes(b"(private-key (ecc (curve Ed25519) (d #4142#)))")
-    with pytest.raises(ConfigError, match="no private key"):
-        make_signing_key(tmp_path)
+    for text in (b"(private-key (ecc (curve Ed25519) (d #4142#)))", b"(private-key (ecc ()))", b'(private-key (ecc ""))'):
+        (tmp_path / "signing-key.sec").write_bytes(text)
+        with pytest.raises(ConfigError, match="no private key"):
+            make_signing_key(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

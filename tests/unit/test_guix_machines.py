@@ -134,6 +134,9 @@ def problems_of(text: str) -> list[Problem]:
         ("(list (build-machine\n  (speed #t)))", 2, 10),
         ('(list (build-machine\n (user "a") (user "b")))', 2, 13),
         ("(list (build-machine\n name))", 2, 2),
+        ("(quote)", 1, 1),
+        ("(list (build-machine\n  (systems (quote))))", 2, 12),
+        (f"(list (build-machine\n  (speed {'9' * 400})))", 2, 10),
     ],
 )
 def test_code_is_refused_with_its_place(text: str, line: int, column: int) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offloadd.daemon import offload
-from offloadd.daemon.offload import Offloading, Verdict, judge
+from offloadd.daemon.offload import ASKED_AGAIN_S, Offloading, Verdict, judge
 from offloadd.daemon.slots import Slots
 from offloadd.errors import BootError, NotFoundError
 from offloadd.model.machine import BuildVm
@@ -120,11 +120,13 @@ class FakeMachines:
         self.running: dict[str, Any] = {}
         self.starts = 0
         self.fails = False
+        self.idle_timeout = IDLE_S
+        self.stop_s = 0.0
 
     async def start(self, name: str) -> Any:
         if name not in self.running:
             self.starts += 1
-            machine = BuildVm(kind="build-vm", name=name, image="debian", idle_timeout=IDLE_S, daemons=("guix",))
+            machine = BuildVm(kind="build-vm", name=name, image="debian", idle_timeout=self.idle_timeout, daemons=("guix",))
             self.running[name] = SimpleNamespace(ended=trio.Event(), declared=machine)
             await trio.sleep(60)
             if self.fails:
@@ -135,6 +137,7 @@ class FakeMachines:
     async def stop(self, name: str) -> None:
         if name not in self.running:
             raise NotFoundError("does not run", subject=name)
+        await trio.sleep(self.stop_s)
         self.running.pop(name).ended.set()
 
     def declared(self) -> dict[str, Any]:
@@ -189,6 +192,38 @@ async def test_started_on_demand_and_stopped_when_idle(
         assert not list((tmp_path / "on-demand").iterdir())
         # And again.
         await offloading.decide(GUIX)
+        await trio.sleep(1)
+        assert machines.starts == 2
+
+
+async def test_who_was_told_to_wait_has_the_time_to_ask_again(
+    tmp_path: Path, database: Database, machines: FakeMachines, autojump_clock: trio.testing.MockClock
+) -> None:
+    machines.idle_timeout = 2.0
+    async with open_offloading(tmp_path, database, machines) as offloading:
+        await offloading.decide(GUIX)
+        await trio.sleep(60 + ASKED_AGAIN_S - 1)
+        verdict = await offloading.decide(GUIX)
+        assert verdict.take is not None
+        with offloading.lease("vm"):
+            await trio.sleep(10)
+        await trio.sleep(1)
+        assert "vm" in machines.running
+        await trio.sleep(2)
+        assert not machines.running
+
+
+async def test_one_that_is_just_being_stopped_is_nobodys(
+    tmp_path: Path, database: Database, machines: FakeMachines, autojump_clock: trio.testing.MockClock
+) -> None:
+    machines.stop_s = 5.0
+    async with open_offloading(tmp_path, database, machines) as offloading:
+        await offloading.decide(GUIX)
+        await trio.sleep(60 + IDLE_S + 1)
+        verdict = await offloading.decide(GUIX)
+        assert (verdict.take, verdict.postpone, machines.starts) == (None, True, 1)
+        await trio.sleep(5)
+        assert (await offloading.decide(GUIX)).start is not None
         await trio.sleep(1)
         assert machines.starts == 2
 

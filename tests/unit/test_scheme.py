@@ -107,6 +107,7 @@ def test_numbers_and_constants() -> None:
         ("#.(exit)", 1, 1, "is not read here"),
         ("(a '", 1, 4, "a quote of nothing"),
         ("(a #;)", 1, 4, "comments out nothing"),
+        (f"(a {'9' * 5000})", 1, 4, "a number of more than"),
     ],
 )
 def test_what_is_no_data_is_refused_with_its_place(text: str, line: int, column: int, words: str) -> None:

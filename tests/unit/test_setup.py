@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from offloadd.errors import HostError, NotFoundError, UsageError
+from offloadd.errors import HostError, NotAllowedError, NotFoundError, UsageError
 from offloadd.guix.acl import Acl, open_acl
 from offloadd.guix.files import Owner
 from offloadd.guix.key import make_signing_key, read_public_key
+from offloadd.setup import journal, steps
 from offloadd.setup.guix import Guest, GuixHost, guix_steps
 from offloadd.setup.journal import Journal
 from offloadd.setup.nix import nix_steps
@@ -112,6 +113,7 @@ def test_a_user_s_files_come_back_byte_for_byte(bench: Bench) -> None:
     acl = f"(acl (entry (public-key (ecc (curve Ed25519) (q #{point}#))) (tag (guix import))))"
     (bench.etc / "acl").write_text(acl)
     (bench.etc / "acl").chmod(0o640)
+    (bench.etc / "acl.comments").write_text(f"{64 * 'f'} of a key that is away\n")
     (bench.etc / "machines.scm").write_bytes(b"(define x '()) ; caf\xe9\nx")
     before = bench.tree()
     bench.set_up("one")
@@ -154,6 +156,43 @@ def test_a_step_that_fails_leaves_what_was_done_until_then_undoable(bench: Bench
     bench.guests[1].client_key.write_text("key of two\n")
     bench.undo()
     assert bench.tree() == before
+
+
+@pytest.mark.parametrize("name", ["machines.scm", "acl"])
+def test_what_the_system_makes_is_refused_before_anything_is_written(bench: Bench, name: str) -> None:
+    """Guix System's files in /etc/guix are links into the store."""
+    bench.etc.mkdir(parents=True)
+    make_signing_key(bench.root / "friend")
+    with open_acl(bench.root / "made/acl") as acl:
+        acl.authorize(read_public_key(bench.root / "friend/signing-key.pub"))
+    (bench.root / "made/machines.scm").write_text("'()\n")
+    (bench.etc / name).symlink_to(bench.root / "made" / name)
+    before = bench.tree()
+    with pytest.raises(NotAllowedError, match="is a symbolic link"):
+        bench.set_up()
+    assert bench.tree() == before
+
+
+def test_a_file_that_is_too_large_to_be_kept_is_not_touched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut, it would be written back without its end."""
+    for module in (journal, steps):
+        monkeypatch.setattr(module, "MAX_SIZE", 1000)
+    bench.etc.mkdir(parents=True)
+    (bench.etc / "machines.scm").write_text("'() " + ";" * 1000)
+    before = bench.tree()
+    with pytest.raises(HostError, match="larger than 1000 bytes"):
+        bench.set_up()
+    assert bench.tree() == before
+
+
+def test_two_setups_at_once_are_both_known(bench: Bench) -> None:
+    """Each has read the journal before the other one wrote it."""
+    both = [Journal(bench.journal), Journal(bench.journal)]
+    for each, name in zip(both, "ab", strict=True):
+        with each.recording("", [bench.root / name]):
+            (bench.root / name).touch()
+    assert bench.undo() == {"a": "removed", "b": "removed"}
+    assert not bench.journal.exists()
 
 
 def test_the_journal_has_no_private_key_in_it(bench: Bench) -> None:
