@@ -56,7 +56,8 @@ def judge(
         broken: machines that lately did not start.
     """
     fit = sorted((offer for offer in offered if _fits(offer, request)), key=lambda offer: offer.machine)
-    usable = [offer for offer in fit if offer.machine not in broken]
+    # One that runs after all, as its user has mended and started it, is as good as any.
+    usable = [offer for offer in fit if offer.state == "running" or offer.machine not in broken]
     if not usable:
         what = "does not start" if fit else f"builds {request.system} for {request.daemon}"
         return Verdict(why=f"{', '.join(offer.machine for offer in fit) or 'no machine'} {what}{_with(request.features)}")

@@ -50,7 +50,10 @@ def ask(daemon: str, system: str, features: list[str], *, local: bool, keys: dic
         Unanswered: what is left is to do without.
     """
     request = {"daemon": daemon, "system": system, "features": features, "local": local, "keys": keys}
-    path = os.environ.get("OFFLOAD_SOCKET") or f"{runtime_directory()}/{SOCKET}"
+    try:
+        path = os.environ.get("OFFLOAD_SOCKET") or f"{runtime_directory()}/{SOCKET}"
+    except FileNotFoundError as exc:
+        raise Unanswered(f"{exc.filename} {exc.strerror}", absent=True) from exc
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(PATIENCE_S)
     try:

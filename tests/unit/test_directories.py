@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from offloadd.directories import base_directory, runtime_directory
+from offloadd.hook import ask
 from offloadd.paths import find_paths
 
 
@@ -43,3 +45,14 @@ def test_a_user_without_a_home_directory_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(FileNotFoundError, match="no home directory"):
         runtime_directory()
+
+
+def test_without_a_home_directory_there_is_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> str:
+        raise FileNotFoundError(errno.ENOENT, "has no home directory", "user 54321")
+
+    monkeypatch.delenv("OFFLOAD_SOCKET", raising=False)
+    monkeypatch.setattr(ask, "runtime_directory", homeless)
+    with pytest.raises(ask.Unanswered, match="user 54321 has no home directory") as caught:
+        ask.ask("guix", "x86_64-linux", [], local=True, keys={})
+    assert caught.value.absent

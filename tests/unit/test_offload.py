@@ -55,6 +55,8 @@ def test_what_nobody_builds_is_declined() -> None:
         an_offer("other-daemon", daemons=("nix",)),
         an_offer("broken", "stopped"),
     ]
+    verdict = judge(GUIX, [an_offer("mended", "running")], taken(), {"mended"})
+    assert verdict.take is not None
     verdict = judge(GUIX, others, taken(), {"broken"})
     assert (verdict.take, verdict.start, verdict.postpone) == (None, None, False)
     assert "broken does not start" in verdict.why
