@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from offloadd.setup.guix import Guest
     from offloadd.setup.journal import Journal
     from offloadd.setup.steps import Step
+    from offloadd.setup.wrapper import Program
 
 _MACHINES = typer.Argument(
     None, metavar="MACHINE...", autocompletion=machine_names, help="By default all that take its builds."
@@ -62,9 +63,10 @@ def guix(
     folder = directory.absolute() if directory else default
     journal = _journal("guix", folder)
     if undo:
-        _undo(journal, machines or (), dry_run=dry_run, as_json=as_json)
+        gone = _undo(journal, machines or (), dry_run=dry_run, as_json=as_json)
         if not dry_run:
             _refresh_doors()
+        _tell_of_restart("guix", gone, folder / "offload/hook")
         return
     guests, door = _guests(machines or ()), _find_door(folder, socket_directory)
     _set_up(_guix_steps(folder, guests, door), journal, dry_run=dry_run, as_json=as_json)
@@ -80,7 +82,12 @@ def _tell_of_daemon(folder: Path, door: Door | None) -> None:
     """What is left to be done."""
     from offloadd.guix.files import owner_for
 
-    say(f"guix-daemon needs GUIX={folder}/offload/hook in its environment, and a restart; machines that run, too")
+    hook = f"GUIX={folder}/offload/hook"
+    if drop_in := _drop_in(folder):
+        say(f"guix-daemon gets {hook} from {drop_in}: systemctl daemon-reload && systemctl restart guix-daemon")
+    else:
+        say(f"guix-daemon needs {hook} in its environment, and a restart")
+    say("machines that run take their new keys when they are started anew")
     _tell_of_service()
     owner = owner_for(folder)
     if door is not None:
@@ -88,6 +95,25 @@ def _tell_of_daemon(folder: Path, door: Door | None) -> None:
     elif owner and owner.uid not in (0, os.geteuid()):
         # The socket is ours alone: whoever may use it has all that the daemon can do.
         say(f"guix-daemon runs as user {owner.uid}, who cannot reach our daemon: it offloads as without us; root can")
+
+
+def _drop_in(folder: Path) -> Path | None:
+    """Where systemd is told of the hook, when it has a guix-daemon that looks into this directory."""
+    from offloadd.setup.guix import DROP_IN, has_unit
+
+    return DROP_IN if folder == Path("/etc/guix") and has_unit() else None
+
+
+def _tell_of_restart(which: str, gone: Sequence[Path], hook: Path) -> None:
+    """What is left to be done after an undo: a daemon that runs goes on with the hook that it was started with."""
+    from offloadd.setup.guix import DROP_IN
+
+    if DROP_IN in gone:
+        say(f"{which}-daemon still has GUIX={hook}: systemctl daemon-reload && systemctl restart {which}-daemon")
+    elif hook in gone:
+        say(f"restart {which}-daemon, if one runs: until then it looks for {hook}, which is gone")
+        if which == "guix":
+            say("and take GUIX out of its environment, if you have put it there")
 
 
 def _tell_of_service() -> None:
@@ -116,16 +142,20 @@ def nix(
     """
     from offloadd.paths import find_paths
     from offloadd.setup.nix import nix_directory, nix_steps
+    from offloadd.setup.wrapper import real_program
 
     folder = directory.absolute() if directory else nix_directory()
     journal = _journal("nix", folder)
     if undo:
         # There is nothing of a machine's.
-        _undo(journal, (), dry_run=dry_run, as_json=as_json)
+        gone = _undo(journal, (), dry_run=dry_run, as_json=as_json)
+        _tell_of_restart("nix", gone, folder / "offload/hook")
         return
     _offers("nix", machines or ())
-    _set_up(nix_steps(folder, _wrapper("nix-hook", find_paths().socket)), journal, dry_run=dry_run, as_json=as_json)
-    say("restart nix-daemon, if one runs")
+    instead = [real_program("nix", folder / "offload/hook"), "__build-remote"]
+    hook = _wrapper("nix-hook", find_paths().socket, instead)
+    _set_up(nix_steps(folder, hook), journal, dry_run=dry_run, as_json=as_json)
+    say("restart nix-daemon, if one runs: until then it has the hook that it was started with")
     _tell_of_service()
 
 
@@ -192,13 +222,15 @@ def _guix_steps(folder: Path, guests: Sequence[Guest], door: Door | None) -> lis
     from offloadd.guix.files import owner_for
     from offloadd.guix.live import render_live
     from offloadd.paths import find_paths
-    from offloadd.setup.guix import DROP_IN, GuixHost, guix_steps, has_unit
+    from offloadd.setup.guix import GuixHost, guix_steps
+    from offloadd.setup.wrapper import real_program
 
     paths = find_paths()
     socket = door.socket if door else paths.socket
     live = render_live(socket, os.geteuid(), folder / "offload/ssh")
-    host = GuixHost(directory=folder, owner=owner_for(folder), live=live, hook=_wrapper("guix-hook", socket))
-    steps = guix_steps(host, guests, drop_in=DROP_IN if folder == Path("/etc/guix") and has_unit() else None)
+    hook = _wrapper("guix-hook", socket, [real_program("guix", folder / "offload/hook")])
+    host = GuixHost(directory=folder, owner=owner_for(folder), live=live, hook=hook)
+    steps = guix_steps(host, guests, drop_in=_drop_in(folder))
     if door is None:
         return steps
     from offloadd.setup.door import door_record, door_step
@@ -206,27 +238,31 @@ def _guix_steps(folder: Path, guests: Sequence[Guest], door: Door | None) -> lis
     return [door_step(door_record(paths, folder), door), *steps]
 
 
-def _wrapper(command: str, socket: Path) -> bytes:
-    """What runs our hook with the daemon that this command line has, which listens there."""
-    from offloadd.paths import find_paths
-    from offloadd.setup.steps import wrapper
+def _wrapper(command: str, socket: Path, instead: Sequence[str]) -> bytes:
+    """What runs our hook, which asks the daemon that listens there; `instead` where that cannot be run."""
+    from offloadd.setup.wrapper import wrapper
 
-    paths = find_paths()
-    environment = {
-        "OFFLOAD_SOCKET": str(socket),
-        # The build daemon's user may be another one than ours.
-        "OFFLOAD_SOCKET_OWNER": str(os.geteuid()),
-        "XDG_CONFIG_HOME": str(paths.config.parent),
-        "XDG_STATE_HOME": str(paths.state.parent),
-        "XDG_CACHE_HOME": str(paths.cache.parent),
-        "XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", ""),
-    }
+    # The build daemon's user may be another one than ours.
+    environment = {"OFFLOAD_SOCKET": str(socket), "OFFLOAD_SOCKET_OWNER": str(os.geteuid())}
+    return wrapper(_program(command), environment, instead)
+
+
+def _program(command: str) -> Program:
+    """This very command line: as it is installed, or where its source is."""
+    import offload_cli.entry
+    import offloadd
+    from offloadd.setup.wrapper import Program
+
     script = shutil.which(sys.argv[0]) if Path(sys.argv[0]).name == "offload" else None
     if script:
-        return wrapper([str(Path(script).absolute()), command], environment)
-    if path := os.environ.get("PYTHONPATH"):
-        environment["PYTHONPATH"] = path
-    return wrapper([sys.executable, "-c", "from offload_cli.entry import main; main()", command], environment)
+        path = str(Path(script).absolute())
+        return Program(argv=[path, command], executables=[path, sys.executable])
+    # Not by PYTHONPATH, which the real program would inherit; -P: what lies where a build daemon works is no module.
+    entry, package = Path(offload_cli.entry.__file__), Path(offloadd.__path__[0])
+    roots = [str(package.parent), str(entry.parents[1])]
+    code = f"import sys; sys.path[:0] = {roots!r}; from offload_cli.entry import main; main()"
+    argv = [sys.executable, "-P", "-c", code, command]
+    return Program(argv=argv, executables=[sys.executable], sources=[str(entry), str(package / "hook/relay.py")])
 
 
 def _set_up(steps: Sequence[Step], journal: Journal, *, dry_run: bool, as_json: bool) -> None:
@@ -255,10 +291,11 @@ def _print(paths: Sequence[Path], *, as_json: bool) -> None:
         say("nothing to do")
 
 
-def _undo(journal: Journal, machines: Sequence[str], *, dry_run: bool, as_json: bool) -> None:
+def _undo(journal: Journal, machines: Sequence[str], *, dry_run: bool, as_json: bool) -> list[Path]:
+    """The files that are gone from then on."""
     if dry_run:
         _print(journal.paths(machines), as_json=as_json)
-        return
+        return []
     done = []
     for undone in journal.undo(machines):
         done.append(undone)
@@ -268,3 +305,4 @@ def _undo(journal: Journal, machines: Sequence[str], *, dry_run: bool, as_json: 
         print_json([{"path": str(undone.path), "verdict": undone.verdict} for undone in done])
     elif not done:
         say("nothing to undo")
+    return [undone.path for undone in done if undone.verdict in ("removed", "was gone already")]

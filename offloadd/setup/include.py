@@ -16,14 +16,16 @@ _NOTE = "; Added by `offload guix setup`: the machines of offload.  `offload gui
 
 # Guile's lexical syntax (Guile Reference Manual: "Scheme Syntax"), as far as it tells where a form begins and ends.
 _TOKEN = re.compile(
-    r"""(?P<space>\s+|;[^\n]*)
+    r"""(?P<space>\s+|;[^\n]*
+        | \#!(?:r6rs|(?:no-)?fold-case|curly-infix(?:-and-bracket-lists)?)(?=[\s()\[\]";]|\Z)  # else it is a comment up to
+        | \#!.*?!\#)  # this, which does not nest
     | (?P<block>\#\|)
     | (?P<skip>\#;)
     | (?P<string>"(?:[^"\\]|\\.)*")
     | (?P<open>\#(?:vu8|[us]\d+|f\d+)?[(\[]|[(\[])
     | (?P<close>[)\]])
     | (?P<prefix>\#?(?:'|`|,@|,))
-    | (?P<atom>\#\\(?:[A-Za-z0-9+-]+|.)|\#\{(?:[^}\\]|\\.|\}(?!\#))*\}\#|\|[^|]*\||[^\s()\[\]";']+)""",
+    | (?P<atom>\#\\(?:[A-Za-z0-9+-]+|.)|\#\{(?:[^}\\]|\\.|\}(?!\#))*\}\#|\|[^|]*\||(?!\#!)[^\s()\[\]";']+)""",
     re.VERBOSE | re.DOTALL,
 )
 

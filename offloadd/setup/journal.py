@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from offloadd.errors import HostError, NotFoundError
+from offloadd.errors import HostError, NotFoundError, OffloadError
 from offloadd.guix.acl import COMMENTS, Entry, open_acl
-from offloadd.guix.files import Owner, files_of, locked, read_small, read_whole, remove
+from offloadd.guix.files import Owner, files_of, locked, read_small, read_whole, remove, remove_directory
 from offloadd.guix.files import replace as write_file
 from offloadd.guix.key import PUBLIC_KEY, read_public_key
 from offloadd.guix.sexp import parse_sexp
@@ -180,8 +180,8 @@ class Journal:
     def _undo(self, record: Record) -> Verdict | None:
         if record.after == "directory":
             # Others may have put something there.
-            with suppress(OSError):
-                record.path.rmdir()
+            with suppress(OffloadError):
+                remove_directory(record.path)
             return None
         if record.keys:
             return self._take_out(record)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +84,3 @@ def _read(path: Path) -> bytes | None:
     if not os.path.lexists(path):
         return None
     return read_whole(path, MAX_SIZE)
-
-
-def wrapper(argv: Sequence[str], environment: Mapping[str, str]) -> bytes:
-    """A program that runs `argv` and its own arguments with these variables; one that is empty is taken away."""
-    lines = ["#!/bin/sh", f"# {MADE_BY}"]
-    for name, value in environment.items():
-        lines.append(f"export {name}={shlex.quote(value)}" if value else f"unset {name}")
-    return "\n".join([*lines, f'exec {shlex.join(argv)} "$@"', ""]).encode("utf-8", "surrogateescape")

@@ -52,9 +52,7 @@ def pair(make_world: Callable[[], World], make_node: MakeNode) -> Pair:
     etc = world.root / "etc/guix"
     etc.mkdir(parents=True)
     os.chown(etc, *_owner(a))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY}/cli")
-        world.run("guix", "setup", "--directory", etc, "--socket-directory", world.root / "doors")
+    world.run("guix", "setup", "--directory", etc, "--socket-directory", world.root / "doors")
     # The hook's first line of Python names the one that runs these tests.
     python = a.path(sys.executable)
     if not python.exists():
@@ -101,6 +99,21 @@ def test_it_builds_here_what_no_machine_takes(pair: Pair) -> None:
     done = guix_build(pair.a, "here", "echo here >$out", features="kvm")
     assert pair.a.path(done.stdout).read_text() == "here\n"
     assert not list(pair.b.path("/var/log/guix/drvs").glob("*/*here.drv*"))
+
+
+def test_without_offload_its_guix_does_the_rest(pair: Pair) -> None:
+    """guix-daemon starts all its helpers through the hook: they are what fails when the hook does."""
+    hook = pair.etc / "offload/hook"
+    text = hook.read_text()
+    assert "[ -x" in text
+    try:
+        hook.write_text(text.replace(f"[ -x {sys.executable} ]", "[ -x /nothing/here ]"))
+        asked = pair.a.run(hook, "offload", "--version", user="guix-daemon")
+        assert "GNU Guix" in asked.stdout
+        done = guix_build(pair.a, "without", "echo without >$out")
+    finally:
+        hook.write_text(text)
+    assert pair.a.path(done.stdout).read_text() == "without\n"
 
 
 def test_its_list_has_the_machine_while_our_daemon_runs(pair: Pair) -> None:

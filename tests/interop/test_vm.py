@@ -103,10 +103,9 @@ class TestMachineThatRuns:
 @pytest.fixture(scope="class")
 def hooked(bench: Bench) -> Bench:
     """The machine is stopped; the node's daemons have our hooks."""
-    shared = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/cli"}
     guix = {"GUIX_CONFIGURATION_DIRECTORY": str(bench.guix), "GUIX": str(bench.guix / "offload/hook")}
-    bench.node.start_guix_daemon(unprivileged=False, env=shared | guix)
-    bench.node.start_nix_daemon(env=shared | {"NIX_CONF_DIR": str(bench.nix)})
+    bench.node.start_guix_daemon(unprivileged=False, env=guix)
+    bench.node.start_nix_daemon(env={"NIX_CONF_DIR": str(bench.nix)})
     return bench
 
 

@@ -173,6 +173,22 @@ def test_what_the_system_makes_is_refused_before_anything_is_written(bench: Benc
     assert bench.tree() == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory somebody else's")
+@pytest.mark.parametrize("name", ["offload", "offload/ssh"])
+def test_a_way_that_guix_daemon_s_user_has_bent_is_refused_before_anything_is_written(bench: Bench, name: str) -> None:
+    bench.etc.mkdir(parents=True)
+    target = bench.root / "target"
+    target.mkdir()
+    (bench.etc / name).parent.mkdir(exist_ok=True)
+    (bench.etc / name).symlink_to(target)
+    for path in (bench.etc, bench.etc / "offload", bench.etc / name):
+        os.chown(path, 64_123, 64_123, follow_symlinks=False)
+    before = bench.tree()
+    with pytest.raises(NotAllowedError, match="is a symbolic link of another user"):
+        bench.set_up()
+    assert bench.tree() == before
+
+
 def test_a_file_that_is_too_large_to_be_kept_is_not_touched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut, it would be written back without its end."""
     for module in (journal, steps):

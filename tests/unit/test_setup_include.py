@@ -17,7 +17,9 @@ forms = st.recursive(
     ),
     lambda inner: st.lists(inner, max_size=4).map(lambda items: f"({' '.join(items)})"),
 )
-spaces = st.sampled_from([" ", "\n", "; a ( comment\n", "#| one #| two |# ) |#", "#;(left out) ", " #; #;a b\n"])
+spaces = st.sampled_from(
+    [" ", "\n", "; a ( comment\n", "#| one #| two |# ) |#", "#;(left out) ", " #; #;a b\n", " #! ( #| !! \n!#", " #!fold-case "]
+)
 
 
 @given(st.lists(st.tuples(spaces, forms), max_size=4), spaces)
@@ -45,6 +47,12 @@ def test_a_form_that_ends_in_a_comment_does_not_swallow_ours() -> None:
     assert found.splitlines() == ["(append", "(list)", found.splitlines()[2], f"{LOAD}) ; end"]
 
 
+def test_a_script_s_first_line_is_a_comment() -> None:
+    """Guile Reference Manual: "Block Comments"; the last form is not in it."""
+    text = "#!/usr/bin/guile -s (\n!#\n(list) #! (not this) !#\n"
+    assert include(text, OURS, FILE).startswith("#!/usr/bin/guile -s (\n!#\n(append\n(list)\n;")
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -54,6 +62,8 @@ def test_a_form_that_ends_in_a_comment_does_not_swallow_ours() -> None:
         ("#| abc", "1:1"),
         ("(a) '", "1:5"),
         ("(a) #;", "1:7"),
+        ("(a)\n#!/bin/guile (", "2:1"),
+        ("(a) #!r6rsx b", "1:5"),
     ],
 )
 def test_what_is_no_scheme_is_refused(text: str, place: str) -> None:
@@ -61,7 +71,7 @@ def test_what_is_no_scheme_is_refused(text: str, place: str) -> None:
         include(text, OURS, FILE)
 
 
-@given(st.text(alphabet="()[]\"'`,@#;|\\{} \nax"))
+@given(st.text(alphabet="()[]\"'`,@#;!|\\{} \nax"))
 def test_anything_is_read_or_refused(text: str) -> None:
     try:
         found = include(text, OURS, FILE)
