@@ -98,9 +98,9 @@ def open_workplace(*, empty_cache: bool = False) -> Iterator[Workplace]:
             cache = Path(tempfile.mkdtemp(prefix="bench-", dir=cache)) / "offload"
         place = _workplace(folder, cache)
         _write_files(place)
-        if (verdict := user.state / "accelerator.json").exists():
+        if empty_cache and user.accelerator.exists():
             # Probing KVM takes seconds where it does not work; the daemon checks whether the verdict still holds.
-            shutil.copy(verdict, make_private(place.paths.state))
+            shutil.copy(user.accelerator, make_private(place.paths.cache))
         try:
             yield place
         finally:

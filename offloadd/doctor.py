@@ -104,7 +104,7 @@ async def examine(paths: Paths) -> list[Requirement]:
         check_templates(paths.cache / "templates"),
         check_cores(library),
         check_binfmt(read_status(), find_emulated(native_systems()), native_systems()),
-        check_kvm(paths.state / "accelerator.json"),
+        check_kvm(paths.accelerator),
         check_sockets(paths, library),
         *(await check_images(paths, library)),
         check_daemon(paths.socket),

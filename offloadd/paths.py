@@ -34,6 +34,11 @@ class Paths:
         return self.state / "offload.sqlite"
 
     @property
+    def accelerator(self) -> Path:
+        """Whether KVM works, as it was found in this boot of the host."""
+        return self.cache / "accelerator.json"
+
+    @property
     def builds(self) -> Path:
         return self.state / "builds"
 

@@ -134,7 +134,7 @@ class Survey:
         }
 
     def _has_kvm(self, qemu: str) -> bool:
-        return known_accelerator(Path(qemu).resolve(), self._workshop.paths.state / "accelerator.json") == "kvm"
+        return known_accelerator(Path(qemu).resolve(), self._workshop.paths.accelerator) == "kvm"
 
     async def _image_facts(self, name: str, disk_free: int) -> tuple[str, dict[str, Any]]:
         """The image's digest; its kernel's version when it is built, and what its disk takes of the `disk_free` bytes here."""

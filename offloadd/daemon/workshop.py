@@ -85,7 +85,7 @@ class Workshop:
         return plan_vm(machine, facts, image.boot)
 
     async def _accelerator(self, qemu: Path, image: Image, progress: Progress) -> str:
-        known = self.paths.state / "accelerator.json"
+        known = self.paths.accelerator
         # A disk of somebody else's has its kernel inside: any other of this host's architecture shows whether KVM works.
         kernels = [image.boot.kernel, Path("/boot", f"vmlinuz-{os.uname().release}"), *self._own_kernels()]
         for kernel in kernels:

@@ -91,7 +91,10 @@ def _read(cache: Path) -> Verdict | None:
 
 def _write(cache: Path, verdict: Verdict) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps(asdict(verdict)))
+    # Other daemons of this user read and write it too.
+    new = cache.with_name(f"{cache.name}.{os.getpid()}")
+    new.write_text(json.dumps(asdict(verdict)))
+    new.replace(cache)
 
 
 async def _boots(qemu: Path, kernel: Path) -> bool:
