@@ -25,8 +25,8 @@ LIMIT_S = 60.0
 PROGRAM = REPOSITORY / "images/guest/secret-service"
 UTF_8 = {"LC_ALL": "C.UTF-8"}
 
-# As Guix's services call it: in a fiber of the Shepherd's.  $1 what, $2 the port, $3 the secret root.  The Shepherd does not end
-# its fibers; when the library does, it hangs now and then.
+# As Guix's services call it: in a fiber of the Shepherd's.  $1 what, $2 the port, $3 the secret root.  The Shepherd does not
+# end its fibers; when the library does, it hangs now and then.
 _SCHEME = """\
 (use-modules (gnu build secret-service) (fibers) (ice-9 match))
 (setvbuf (current-output-port) 'line)
