@@ -1,4 +1,4 @@
-"""`make bench`: how fast we are against the bare tools, in one run of about 20 minutes (8 with --quick).
+"""`make bench`: how fast we are against the bare tools, in one run (9 minutes with --quick on two cores).
 
     python bench/run.py [--quick] [--only fresh,builds,routes,image,routing,throughput,compile,slots,offload] [--output FOLDER]
 
@@ -60,7 +60,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure offload against the bare tools.")
-    parser.add_argument("--quick", action="store_true", help="few rounds, small loads: 8 minutes instead of 20")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small loads: 9 minutes on two cores")
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="for results.md and .json")
     return parser.parse_args()
