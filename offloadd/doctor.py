@@ -27,7 +27,7 @@ from offloadd.debian import find_mirrors
 from offloadd.errors import ConfigError, OffloadError
 from offloadd.host import native_systems
 from offloadd.image.store import ImageStore
-from offloadd.model.image import ImageRecipe
+from offloadd.model.image import FileImage, ImageRecipe
 from offloadd.model.quantity import format_size
 from offloadd.paths import Paths, find_paths
 from offloadd.plan.argv import InstanceFiles
@@ -78,6 +78,7 @@ QEMU = "qemu-system-x86_64"
 PROGRAMS = (
     Program(name="mmdebstrap", package="mmdebstrap", purpose="the root file systems of images and environments"),
     Program(name="mke2fs", package="e2fsprogs", purpose="an image's file system"),
+    Program(name="qemu-img", package="qemu-utils", purpose="disks of others that are grown or changed", without=State.WARNING),
     Program(name="sqfstar", package="squashfs-tools", purpose="an environment's disk"),
     Program(name="arch-test", package="arch-test", purpose="environments of other architectures", without=State.WARNING),
     Program(name="ssh", package="openssh-client", purpose="`offload vm ssh` and `exec`", without=State.WARNING),
@@ -246,7 +247,7 @@ def check_warm(library: Library | None, memory: HostMemory) -> list[Requirement]
     if not machines:
         return []
     wants = [
-        Want(machine=machine.name, digest="", count=machine.warm, memory_mib=machine.memory_size, used=0.0)
+        Want(machine=machine.name, kind="warm", digest="", count=machine.warm, memory_mib=machine.memory_size, used=0.0)
         for machine in machines
     ]
     needed, room = sum(want.count * want.cost for want in wants), memory.available - memory.total // ROOM
@@ -348,15 +349,25 @@ def check_sockets(paths: Paths, library: Library | None) -> Requirement:
     return Requirement(name="socket paths", state=State.MISSING, found=found, purpose=purpose, remedy=remedy)
 
 
+def _image_purpose(library: Library, name: str) -> str:
+    """GNU/Hurd's images say for which systems: nobody else builds for those."""
+    systems = {machine.systems[0] for machine in library.vms.values() if machine.image == name and machine.kind == "childhurd"}
+    return f"GNU/Hurd: builds for {', '.join(sorted(systems))}" if systems else "what machines boot from"
+
+
 async def check_images(paths: Paths, library: Library | None) -> list[Requirement]:
     """The images that machines need; a machine's first start makes what is missing."""
     if library is None:
         return []
     store, rows = ImageStore(paths.cache / "images"), []
     for name in sorted({machine.image for machine in library.vms.values()}):
-        row = Requirement(name=f"image {name}", state=State.OK, found="", purpose="what machines boot from")
+        row = Requirement(name=f"image {name}", state=State.OK, found="", purpose=_image_purpose(library, name))
+        declared = library.image(name)
+        if isinstance(declared, FileImage) and not declared.is_set_up:
+            rows.append(replace(row, state=State.WARNING, found="not set up", remedy=f"offload image set {name} FILE-OR-URL"))
+            continue
         try:
-            digest = await store.digest(library.image(name), library.folders[name])
+            digest = await store.digest(declared, library.folders[name])
             image = store.find(digest)
         except OffloadError as exc:
             remedy = "mend the files" if isinstance(exc, ConfigError) else f"offload image build --rebuild {name}"

@@ -8,12 +8,15 @@ import typer
 
 from offload_cli.complete import image_names
 from offload_cli.connection import open_client, show_work
+from offload_cli.image_set import set_
 from offload_cli.show import image_text, images_table
 from offload_cli.terminal import print_json, print_text, say
 from offload_cli.words import json_option, known_form
 from offloadd.model.quantity import format_duration, format_size
 
 app = typer.Typer(help="The images that machines boot from.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command("set")(set_)
 
 _NAME = typer.Argument(
     metavar="NAME", callback=known_form, autocompletion=image_names, help="The image's name, or the beginning of its digest."

@@ -19,7 +19,7 @@ import trio
 
 from offloadd.builder import pypi
 from offloadd.builder.archive import Archive
-from offloadd.builder.kept import PartialFile, find_kept, open_partial, sweep
+from offloadd.builder.kept import WORTH_BYTES, PartialFile, find_kept, open_resumed, sweep
 from offloadd.builder.pypi import redacted
 from offloadd.errors import FetchError, HostError, SourceError
 from offloadd.model.recipe import Source
@@ -32,6 +32,8 @@ _MAX_PAGE_BYTES = 128 * 1024**2
 """The largest page of a public index has some 10 MB."""
 _PIECE_BYTES = 1024**2
 _STALL_S = 60.0
+_AGAIN_S = 1.0
+"""Between a connection that broke off and the next one."""
 # Where other tools look for the authority of a proxy that opens TLS; ssl itself reads SSL_CERT_FILE and SSL_CERT_DIR.
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _PROXY_HINT = "write HTTPS_PROXY as http://HOST:PORT"
@@ -156,29 +158,65 @@ class _Fetcher:
             return [candidate for candidate in found if not candidate.url.startswith("file:")]
 
     async def _fetch_file(self, url: str, filename: str, sha256: str) -> Path:
-        with open_partial(self._cache_root, filename, sha256, max_bytes=self._max_bytes) as growing:
+        with open_resumed(self._cache_root, filename, sha256, max_bytes=self._max_bytes) as growing:
             if url.startswith("file:"):
+                await trio.to_thread.run_sync(growing.restart)
                 await trio.to_thread.run_sync(growing.copy_from, _local_path(url))
-            else:
-                await self._stream(url, growing)
+                return await trio.to_thread.run_sync(growing.keep, redacted(url))
+            await trio.to_thread.run_sync(growing.read_back)
+            resumed = growing.size > 0
+            if not growing.is_right:
+                await self._stream_on(url, growing)
+            if resumed and not growing.is_right:
+                # The server's file is another one since then: its beginning too.
+                await trio.to_thread.run_sync(growing.restart)
+                await self._stream_on(url, growing)
             return await trio.to_thread.run_sync(growing.keep, redacted(url))
 
+    async def _stream_on(self, url: str, growing: PartialFile) -> None:
+        """Fetch to the end; as long as each try brings something, a connection that breaks off is no failure."""
+        while True:
+            before = growing.size
+            try:
+                await self._stream(url, growing)
+                return
+            except FetchError:
+                if growing.size < before + WORTH_BYTES:
+                    raise
+            await trio.sleep(_AGAIN_S)
+
     async def _stream(self, url: str, growing: PartialFile) -> None:
-        async with _get(self._client, url, accept="*/*") as response:
-            _check_status(response, url)
-            length = response.headers.get("content-length", "")
-            total = int(length) if length.isdecimal() else None
-            growing.check_size(total or 0)
-            self._progress(growing.filename, 0, total)
-            # The digest is that of the file as it lies on the server, so no content encoding is taken off.
-            async for piece in response.aiter_raw(_PIECE_BYTES):
-                await trio.to_thread.run_sync(growing.write, piece)
-                self._progress(growing.filename, growing.size, total)
+        async with _get(self._client, url, accept="*/*", begin=growing.size) as response:
+            again = False
+            if growing.size and response.status_code in (200, 206, 416) and not _goes_on(response, growing.size):
+                # It begins anew; or what comes is another part, or none, as we have more than there is.
+                await trio.to_thread.run_sync(growing.restart)
+                again = response.status_code != 200
+            if not again:
+                await self._take(response, url, growing)
+                return
+        await self._stream(url, growing)
+
+    async def _take(self, response: httpx.Response, url: str, growing: PartialFile) -> None:
+        _check_status(response, url)
+        length = response.headers.get("content-length", "")
+        total = growing.size + int(length) if length.isdecimal() else None
+        growing.check_size(total or 0)
+        self._progress(growing.filename, growing.size, total)
+        # The digest is that of the file as it lies on the server, so no content encoding is taken off.
+        async for piece in response.aiter_raw(_PIECE_BYTES):
+            await trio.to_thread.run_sync(growing.write, piece)
+            self._progress(growing.filename, growing.size, total)
+
+
+def _goes_on(response: httpx.Response, size: int) -> bool:
+    """Whether a partial answer begins where we have ended (RFC 9110, 14.4)."""
+    return response.status_code == 206 and response.headers.get("content-range", "").startswith(f"bytes {size}-")
 
 
 @asynccontextmanager
-async def _get(client: httpx.AsyncClient, url: str, *, accept: str) -> AsyncIterator[httpx.Response]:
-    headers = {"Accept": accept, "Accept-Encoding": "identity"}
+async def _get(client: httpx.AsyncClient, url: str, *, accept: str, begin: int = 0) -> AsyncIterator[httpx.Response]:
+    headers = {"Accept": accept, "Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
     # The HTTP library logs addresses, so a password must not be in one.
     address, login = pypi.split_login(url)
     try:
@@ -195,7 +233,7 @@ async def _get(client: httpx.AsyncClient, url: str, *, accept: str) -> AsyncIter
 
 def _check_status(response: httpx.Response, url: str) -> None:
     status = response.status_code
-    if status == 200:
+    if status in (200, 206):
         return
     what = f"the server says {status} {response.reason_phrase}".rstrip()
     # 408, 425 and 429 ask for another try, as do the server's own failures; 407 is the proxy's.

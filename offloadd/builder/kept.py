@@ -22,6 +22,11 @@ _PIECE_BYTES = 1024**2
 _PARTIAL = ".partial-"
 _SURELY_LOCKED_S = 60.0
 """A new partial file is not locked for a moment; after this many seconds without a write it is, or nobody writes it."""
+_RESUMED = ".resumed-"
+_RESUMED_S = 7 * 86400.0
+"""How long the beginning of a file waits for its end."""
+WORTH_BYTES = 1024**2
+"""A shorter beginning is not kept: to fetch it again costs nothing."""
 
 
 class PartialFile:
@@ -36,6 +41,24 @@ class PartialFile:
         self._sha256 = sha256
         self._max_bytes = max_bytes
         self._digest = hashlib.sha256()
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it has the digest that it shall have."""
+        return self._digest.hexdigest() == self._sha256
+
+    def read_back(self) -> None:
+        """Count and digest what is there already, from an earlier time."""
+        self._file.seek(0)
+        while piece := self._file.read(_PIECE_BYTES):
+            self.size += len(piece)
+            self._digest.update(piece)
+
+    def restart(self) -> None:
+        """Forget what was written."""
+        self.size, self._digest = 0, hashlib.sha256()
+        self._file.seek(0)
+        self._file.truncate()
 
     def check_size(self, size: int) -> None:
         """Raise SourceError when `size` bytes are more than allowed."""
@@ -88,15 +111,41 @@ def open_partial(root: Path, filename: str, sha256: str, *, max_bytes: int) -> I
             Path(file.name).unlink(missing_ok=True)
 
 
+@contextmanager
+def open_resumed(root: Path, filename: str, sha256: str, *, max_bytes: int) -> Iterator[PartialFile]:
+    """As `open_partial`, but what was written stays for the next time, unless it is short or (a SourceError) wrong.
+
+    Whoever opens it calls `read_back` first.  While somebody else fetches the same file, it is a new one.
+    """
+    path = root / f"{_RESUMED}{sha256}"
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with open_partial(root, filename, sha256, max_bytes=max_bytes) as growing:
+                yield growing
+            return
+        growing, keeps = PartialFile(root, file, path, filename=filename, sha256=sha256, max_bytes=max_bytes), True
+        try:
+            yield growing
+        except SourceError:
+            keeps = False
+            raise
+        finally:
+            if not keeps or growing.size < WORTH_BYTES:
+                path.unlink(missing_ok=True)
+
+
 def sweep(root: Path) -> None:
     """Make the cache, and remove what a killed process left in it: partial files that nobody holds the lock of."""
     root.mkdir(parents=True, exist_ok=True)
-    for path in root.glob(f"{_PARTIAL}*"):
-        with suppress(OSError), path.open("rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime < _SURELY_LOCKED_S:
-                continue
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    for prefix, age_s in ((_PARTIAL, _SURELY_LOCKED_S), (_RESUMED, _RESUMED_S)):
+        for path in root.glob(f"{prefix}*"):
+            with suppress(OSError), path.open("rb") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime < age_s:
+                    continue
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def find_kept(root: Path, sha256: str, is_named: Callable[[str], bool]) -> Path | None:

@@ -1,4 +1,4 @@
-"""Disks that somebody else has made: looked at, and copied into the store, so that nobody changes them under a guest.
+"""Disks that somebody else has made: what they are, and what identifies them.
 
 The qcow2 header is that of QEMU's docs/interop/qcow2.txt, versions 2 and 3.
 """
@@ -6,28 +6,23 @@ The qcow2 header is that of QEMU's docs/interop/qcow2.txt, versions 2 and 3.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 import struct
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import trio
-
-from offloadd.digest import json_digest, sparse_sha256
+from offloadd.digest import json_digest
 from offloadd.errors import ConfigError, ImageError, Problem
-from offloadd.image.build import MANIFEST
-from offloadd.model.image import DiskFormat, FileImage
-from offloadd.model.quantity import format_date
-from offloadd.process import Progress, run_program
+from offloadd.image import customize
+from offloadd.image.customize import guest_files
+from offloadd.image.unpack import packing
+from offloadd.model.image import SECTOR, DiskFormat, FileImage
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is kept of the same file begins to differ."""
 DISK = "disk"
-SECTOR = 512
 
 _QCOW2 = struct.Struct(">4sIQIIQI")
 """Magic, version, place and length of the backing file's name, cluster bits, size in bytes, method of encryption."""
@@ -63,7 +58,7 @@ def read_disk(path: Path, name: str, declared: DiskFormat | None = None) -> Disk
     form = declared or ("qcow2" if head.startswith(_MAGIC) else "raw")
     if form == "raw":
         if head[SECTOR - 2 : SECTOR] != _BOOT_SIGNATURE:
-            hint = "is it compressed, or made for UEFI alone? it must be a whole disk, raw or qcow2"
+            hint = "is it compressed (its name must say so), or made for UEFI alone? it must be a whole disk, raw or qcow2"
             raise ImageError("has no boot sector, which a PC's firmware starts", subject=name, hint=hint)
         size = length
     else:
@@ -97,24 +92,26 @@ def find_file(image: FileImage, folder: Path) -> Path:
 
 
 def file_digest(image: FileImage, folder: Path) -> str:
-    """The digest of an image: of its content where that is declared, else of which file it is, and when it was changed.
+    """The digest of an image: of its content where that is declared, else of which file it is, and when it was changed; and of
+    what is done with it.
 
     Looks at no content: a disk of some GB would take seconds each time that machines are listed.
 
     Raises:
+        NotFoundError: it is not set up.
         ConfigError: there is no such file.
     """
-    facts = {"format": FORMAT, "kind": "file", "name": image.name, "disk": image.format, "firmware": image.firmware}
-    return json_digest({**facts, "content": image.sha256 or _identity(image, folder)})
+    image.check_set_up()
+    facts: dict[str, Any] = {"format": FORMAT, "kind": "file", "name": image.name, "disk": image.format}
+    facts |= {"firmware": image.firmware, "packing": packing(image.path or image.url or ""), "size": image.size}
+    if image.customize is not None:
+        files = {path: hashlib.sha256(content).hexdigest() for path, content in guest_files().items()}
+        facts |= {"customize": [image.customize, customize.FORMAT, files]}
+    return json_digest({**facts, "content": image.sha256 or file_identity(find_file(image, folder))})
 
 
-def _identity(image: FileImage, folder: Path) -> list[Any]:
-    path = find_file(image, folder)
-    about = _look_at(path)
-    return [str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino]
-
-
-def _look_at(path: Path) -> os.stat_result:
+def file_identity(path: Path) -> list[Any]:
+    """What changes when the file does.  Raises ConfigError: there is no such file."""
     try:
         about = path.stat()
     except OSError as exc:
@@ -122,51 +119,4 @@ def _look_at(path: Path) -> os.stat_result:
     if not stat.S_ISREG(about.st_mode):
         # A fifo would be read for ever.
         raise ConfigError([Problem(file=str(path), line=0, field="path", message="is not a regular file")])
-    return about
-
-
-async def keep_file(image: FileImage, folder: Path, source: Path, target: Path, progress: Progress) -> None:
-    """Fill the directory `target` with a copy of the disk file `source` and a manifest.
-
-    Args:
-        folder: that of the description.
-    Raises:
-        ConfigError: there is no such file.
-        ImageError: it is not what was declared, or no disk; it was changed meanwhile; the host's disk is full.
-    """
-    _look_at(source)
-    digest, disk = file_digest(image, folder), target / DISK
-    progress(f"copying {source.name}", None)
-    # Where the file system can, the copy takes no room of its own.
-    copy = ["cp", "--reflink=auto", "--sparse=always", "--", str(source), str(disk)]
-    await run_program(copy, subject=f"image {image.name}", error=ImageError, disk=target)
-    await trio.to_thread.run_sync(disk.chmod, 0o644)
-    found = await trio.to_thread.run_sync(read_disk, disk, image.name, image.format)
-    if image.sha256 is not None:
-        progress(f"checking {source.name}", None)
-        if (is_now := await trio.to_thread.run_sync(_sha256, disk)) != image.sha256:
-            what = f"its SHA-256 is {is_now}, not that of its description"
-            raise ImageError(what, subject=image.name, hint=f"has somebody changed {source}?")
-    if file_digest(image, folder) != digest:
-        raise ImageError("was changed while it was copied", subject=image.name, hint=f"who writes to {source}?")
-    await trio.to_thread.run_sync(_write_manifest, image, digest, found, target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(image: FileImage, digest: str, disk: Disk, target: Path) -> None:
-    file = target / DISK
-    manifest = {
-        "name": image.name,
-        "digest": digest,
-        "recipe": image.to_json(),
-        "files": {DISK: {"sparse_sha256": sparse_sha256(file), "size": file.stat().st_size}},
-        "disk": {"format": disk.format, "size": disk.size},
-        "kernel_version": "",
-        "packages": {},
-        "made": format_date(datetime.now(UTC)),
-    }
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino]

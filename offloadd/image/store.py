@@ -17,7 +17,8 @@ from offloadd.errors import ImageError, NotFoundError
 from offloadd.image import disk_file
 from offloadd.image.build import DISK, INITRAMFS, KERNEL, MANIFEST, build_image
 from offloadd.image.digest import image_digest, read_guest_files
-from offloadd.image.disk_file import file_digest, keep_file
+from offloadd.image.disk_file import file_digest
+from offloadd.image.keep import keep_file
 from offloadd.model.image import IMAGE_KINDS, FileImage, ImageDeclaration, ImageRecipe
 from offloadd.plan.machine import BootFiles
 from offloadd.process import Progress, silent

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from offloadd.errors import NotFoundError
 from offloadd.model.base import Name, Size, Text, Value
 
 Package = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?$")]
@@ -45,21 +46,35 @@ class ImageRecipe(Value):
 
 
 DiskFormat = Literal["raw", "qcow2"]
+SECTOR = 512
+MAX_DISK_BYTES = 256 << 30
+"""The largest disk of somebody else's that is unpacked or grown: what a small archive can make us write has an end."""
+
+
+Customization = Literal["hurd-debian"]
 
 
 class FileImage(Value):
-    """A disk that somebody else has made, with boot loader, kernel and init of its own: `guix system image` makes such."""
+    """A disk that somebody else has made, with boot loader, kernel and init of its own: `guix system image` makes such.
 
-    kind: Literal["file"]
+    One that has neither `path` nor `url` is declared but not set up: it waits for its user to say where it is.
+    """
+
+    kind: Literal["file", "url"]
+    """The same thing twice: `url` only says that it is fetched."""
     name: Name
     path: Text | None = None
     """The file; relative to the folder of the description that says so."""
     url: Text | None = None
     """Where it is fetched from, when there is no `path`."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """Of the file; what is fetched must have one."""
+    """Of the file as it lies there, compressed or not; what is fetched must have one."""
     format: DiskFormat | None = None
     """By default what its first bytes say.  Say it of a disk that a guest has written: that can be any first bytes."""
+    size: Size | None = None
+    """The disk is made that large when it is smaller, its last partition and the ext2, ext3 or ext4 in it too."""
+    customize: Customization | None = None
+    """What is put into its file system before the first boot: our files, for a system that does not know us."""
     firmware: Literal["bios"] = "bios"
     """What the machine starts with, and the disk's boot loader expects."""
 
@@ -70,15 +85,33 @@ class FileImage(Value):
             raise ValueError("must begin with https:// or http://")
         return url
 
+    @field_validator("size")
+    @classmethod
+    def _has_whole_sectors(cls, size: int | None) -> int | None:
+        if size is not None and not (0 < size <= MAX_DISK_BYTES and size % SECTOR == 0):
+            raise ValueError(f"must be whole sectors of {SECTOR} bytes, and at most {MAX_DISK_BYTES >> 30}G")
+        return size
+
     @model_validator(mode="after")
-    def _comes_from_somewhere(self) -> FileImage:
-        if (self.path is None) == (self.url is None):
-            raise ValueError("needs either `path` or `url`")
+    def _comes_from_one_place(self) -> FileImage:
+        if self.path is not None and (self.url is not None or self.kind == "url"):
+            raise ValueError("takes `path` (kind file) or `url`, not both")
         if self.url is not None and self.sha256 is None:
             raise ValueError("needs the `sha256` of what is fetched from `url`")
         return self
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether it is said where the disk is."""
+        return self.path is not None or self.url is not None
+
+    def check_set_up(self, machine: str = "") -> None:
+        """Raise NotFoundError, about `machine`, unless it is set up."""
+        if not self.is_set_up:
+            hint = f"offload image set {self.name} FILE-OR-URL"
+            raise NotFoundError(f"its image {self.name} is not set up", subject=machine, hint=hint)
+
 
 ImageDeclaration = ImageRecipe | FileImage
 
-IMAGE_KINDS: dict[str, type[ImageRecipe] | type[FileImage]] = {"debian": ImageRecipe, "file": FileImage}
+IMAGE_KINDS: dict[str, type[ImageRecipe] | type[FileImage]] = {"debian": ImageRecipe, "file": FileImage, "url": FileImage}

@@ -33,6 +33,10 @@ class Server:
     url: str = ""
     pages: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    break_off_after: int = 0
+    """Bytes of each answer after which the connection is closed; 0: none is."""
+    takes_ranges: bool = True
     logins: list[str] = field(default_factory=list)
     stall: threading.Event = field(default_factory=threading.Event)
     """While it is not set, `/stall` sends half of its content."""
@@ -50,12 +54,22 @@ def server() -> Iterator[Server]:
         def do_GET(self) -> None:
             state.asked.append(self.path)
             state.logins.append(self.headers.get("Authorization", ""))
+            wanted = self.headers.get("Range", "")
+            state.ranges.append(wanted)
             status, headers, body = state.pages.get(self.path, (404, {}, b"nothing here"))
+            if wanted and state.takes_ranges and status == 200:
+                begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                part = {"Content-Range": f"bytes {begin}-{len(body) - 1}/{len(body)}"}
+                status, headers, body = (206, headers | part, body[begin:]) if begin < len(body) else (416, headers, b"")
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 if value:
                     self.send_header(name, value)
             self.end_headers()
+            if state.break_off_after:
+                self.wfile.write(body[: state.break_off_after])
+                self.close_connection = True
+                return
             if self.path.startswith("/stall"):
                 self.wfile.write(body[: len(body) // 2])
                 self.wfile.flush()
@@ -101,6 +115,14 @@ def quiet(name: str, done: int, total: int | None) -> None:
 async def fetch_one(source: Source, cache: Path, **options: int) -> Path:
     [path] = await fetch_sources([source], Archive(cache.parent, "bookworm"), quiet, **options)
     return path
+
+
+def assert_begun(cache: Path, content: bytes) -> None:
+    """The beginning waits for its end, and nothing else is there."""
+    [path] = [path for path in cache.rglob("*") if path.is_file()]
+    assert path.name == f".resumed-{SHA256}"
+    assert 0 < path.stat().st_size <= len(content)
+    assert content.startswith(path.read_bytes())
 
 
 def assert_nothing_kept(cache: Path) -> None:
@@ -183,9 +205,10 @@ async def test_too_large_without_a_length(server: Server, cache: Path) -> None:
 
 async def test_truncated(server: Server, cache: Path) -> None:
     source = Source(url=server.put("/thing.zip", CONTENT, Content_Length=str(len(CONTENT) + 1)), sha256=SHA256)
+    server.takes_ranges = False
     with pytest.raises(FetchError):
         await fetch_one(source, cache)
-    assert_nothing_kept(cache)
+    assert_begun(cache, CONTENT)
 
 
 async def test_cancelled(server: Server, cache: Path) -> None:
@@ -193,7 +216,55 @@ async def test_cancelled(server: Server, cache: Path) -> None:
     with trio.move_on_after(1) as scope:
         await fetch_one(source, cache)
     assert scope.cancelled_caught
-    assert_nothing_kept(cache)
+    assert_begun(cache, CONTENT)
+    begun = (cache / f".resumed-{SHA256}").stat().st_size
+    again = await fetch_one(Source(url=server.put("/again.zip", CONTENT), sha256=SHA256), cache)
+    assert again.read_bytes() == CONTENT
+    assert server.ranges[-1] == f"bytes={begun}-"
+    assert [path for path in cache.rglob("*") if path.is_file()] == [again]
+
+
+async def test_a_connection_that_breaks_off_goes_on_where_it_ended(server: Server, cache: Path) -> None:
+    server.break_off_after = 1 << 20
+    source = Source(url=server.put("/thing.zip", CONTENT), sha256=SHA256)
+    seen: list[tuple[str, int, int | None]] = []
+    [path] = await fetch_sources([source], Archive(cache.parent, "bookworm"), lambda *args: seen.append(args))
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == ["", f"bytes={1 << 20}-", f"bytes={2 << 20}-"]
+    assert {total for _, _, total in seen} == {len(CONTENT)}
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+async def test_a_file_that_is_another_one_by_now_is_fetched_from_its_beginning(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / f".resumed-{SHA256}").write_bytes(os.urandom(2 << 20))
+    source = Source(url=server.put("/thing.zip", CONTENT), sha256=SHA256)
+    assert (await fetch_one(source, cache)).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={2 << 20}-", ""]
+
+
+@pytest.mark.parametrize("takes_ranges", [True, False])
+async def test_a_beginning_that_is_longer_than_the_file(server: Server, cache: Path, takes_ranges: bool) -> None:
+    cache.mkdir(parents=True)
+    (cache / f".resumed-{SHA256}").write_bytes(CONTENT + bytes(1000))
+    server.takes_ranges = takes_ranges
+    source = Source(url=server.put("/thing.zip", CONTENT), sha256=SHA256)
+    assert (await fetch_one(source, cache)).read_bytes() == CONTENT
+
+
+async def test_what_is_whole_already_is_not_asked_for(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / f".resumed-{SHA256}").write_bytes(CONTENT)
+    assert (await fetch_one(Source(url=f"{server.url}/gone.zip", sha256=SHA256), cache)).read_bytes() == CONTENT
+    assert server.asked == []
+
+
+async def test_a_server_that_is_down_costs_no_beginning(server: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / f".resumed-{SHA256}").write_bytes(CONTENT[: 2 << 20])
+    with pytest.raises(FetchError, match="503"):
+        await fetch_one(Source(url=server.put("/thing.zip", b"sorry", status=503), sha256=SHA256), cache)
+    assert_begun(cache, CONTENT)
 
 
 async def test_redirection(server: Server, cache: Path) -> None:

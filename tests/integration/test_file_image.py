@@ -17,12 +17,13 @@ import trio
 
 from offloadd.daemon.workshop import open_workshop
 from offloadd.errors import BootError, ConfigError, ImageError
-from offloadd.guest.open import admit_users
+from offloadd.guest.open import open_by_ssh
 from offloadd.guest.secret_root import ensure_secret_root
 from offloadd.image.store import ImageStore
 from offloadd.model.image import FileImage
+from offloadd.model.machine import SECRETS_PORT
 from offloadd.paths import Paths
-from offloadd.plan.machine import SECRETS_PORT, BootFiles
+from offloadd.plan.machine import BootFiles
 from offloadd.process import silent
 from offloadd.vm.overlay import write_overlay
 
@@ -151,7 +152,8 @@ async def admit(bench: Bench, tmp_path: Path, code: bytes, *, limit_s: float) ->
     with pytest.raises(BootError) as caught:
         async with bench.open(plan) as instance:
             await wait_for_console(instance, "nobody")
-            await admit_users(instance, secrets, bench.bridge, phases.append)
+            async with open_by_ssh(instance, secrets, bench.bridge, phases.append):
+                pytest.fail("nobody is there")
     assert phases == ["waiting for its secret service"]
     bench.assert_nothing_left()
     return caught.value

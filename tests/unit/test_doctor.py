@@ -17,7 +17,7 @@ from offloadd.binfmt.status import Registration, Status, parse_entry
 from offloadd.config.library import load_library
 from offloadd.daemon.host_memory import HostMemory
 from offloadd.doctor import Program, Requirement, State
-from offloadd.paths import Paths, find_paths
+from offloadd.paths import Paths, find_paths, shipped
 
 from .test_templates import place_template
 
@@ -124,6 +124,19 @@ async def test_an_image_that_is_not_built(paths: Paths) -> None:
     first, *_ = await doctor.check_images(paths, library)
     assert (first.name, first.state) == ("image debian", State.OK)
     assert "not built yet" in first.found
+
+
+async def test_a_disk_that_nobody_has_named(paths: Paths) -> None:
+    library = load_library([shipped()])
+    rows = {row.name: row for row in await doctor.check_images(paths, library)}
+    row = rows["image hurd-guix"]
+    assert (row.state, row.found, row.purpose) == (State.WARNING, "not set up", "GNU/Hurd: builds for i586-gnu")
+    assert row.remedy == "offload image set hurd-guix FILE-OR-URL"
+
+    (paths.config / "images").mkdir(parents=True)
+    (paths.config / "images/hurd-guix.yaml").write_text("like: hurd-guix\npath: gone.qcow2\n")
+    rows = {row.name: row for row in await doctor.check_images(paths, load_library(paths.library))}
+    assert "No such file" in rows["image hurd-guix"].found
 
 
 def test_daemon(paths: Paths) -> None:

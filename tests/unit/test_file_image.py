@@ -12,12 +12,15 @@ import trio
 
 from offloadd.config.library import load_library
 from offloadd.config.load import parse_value
-from offloadd.errors import BootError, ConfigError, ImageError
+from offloadd.errors import BootError, ConfigError, ImageError, NotFoundError
 from offloadd.guest.open import _check_shown_clock
 from offloadd.guest.ssh import Guest
+from offloadd.image import disk_file
 from offloadd.image.disk_file import Disk, file_digest, read_disk
 from offloadd.model.image import FileImage
-from offloadd.plan.machine import SECRETS_PORT, BootFiles, plan_vm
+from offloadd.model.machine import SECRETS_PORT
+from offloadd.paths import shipped
+from offloadd.plan.machine import BootFiles, plan_vm
 from offloadd.vm.instance import Instance
 from offloadd.vm.overlay import write_overlay
 from tests.unit.plans import facts, machine
@@ -48,20 +51,57 @@ def qcow2(path: Path, **changes: int) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "needs either `path` or `url`"),
-        ("path: a\nurl: https://h/a\n", "needs either `path` or `url`"),
+        ("path: a\nurl: https://h/a\n", "takes `path` (kind file) or `url`, not both"),
         ("url: https://h/a\n", "needs the `sha256` of what is fetched from `url`"),
         (f"url: h/a\nsha256: '{SHA}'\n", "must begin with https:// or http://"),
         (f"url: file:///a\nsha256: '{SHA}'\n", "must begin with https:// or http://"),
         ("path: a\nformat: vmdk\n", "'vmdk' is not one of 'raw' or 'qcow2'"),
         ("path: a\nfirmware: efi\n", "'efi' is not one of 'bios'"),
         ("path: a\nsuite: sid\n", "unknown key"),
+        ("path: a\nsize: 1000\n", "must be whole sectors of 512 bytes"),
+        ("path: a\nsize: 0\n", "must be whole sectors"),
+        ("path: a\nsize: 257G\n", "at most 256G"),
+        ("path: a\ncustomize: hurd\n", "'hurd' is not one of 'hurd-debian'"),
     ],
 )
 def test_wrong_descriptions(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_value(f"kind: file\nname: guix\n{text}", "f.yaml", FileImage)
     assert message in caught.value.problems[0].message
+
+
+def test_kind_url_is_kind_file_that_is_fetched() -> None:
+    text = f"kind: url\nname: guix\nurl: https://h/a\nsha256: '{SHA}'\n"
+    fetched = parse_value(text, "f.yaml", FileImage)
+    assert file_digest(fetched, Path("/")) == file_digest(image(url="https://h/a", sha256=SHA), Path("/"))
+    with pytest.raises(ConfigError, match="takes `path`"):
+        parse_value("kind: url\nname: guix\npath: a\n", "f.yaml", FileImage)
+
+
+def test_declared_but_not_set_up() -> None:
+    shipped_images = load_library([shipped()]).images
+    for name in ("hurd-guix", "hurd-debian"):
+        declared = shipped_images[name]
+        assert isinstance(declared, FileImage)
+        assert not declared.is_set_up
+        with pytest.raises(NotFoundError, match=f"^m: its image {name} is not set up$") as caught:
+            declared.check_set_up("m")
+        assert caught.value.hint == f"offload image set {name} FILE-OR-URL"
+        with pytest.raises(NotFoundError, match="is not set up"):
+            file_digest(declared, Path("/"))
+    assert image(path="a").is_set_up
+    image(path="a").check_set_up()
+
+
+def test_the_digest_follows_what_is_done_with_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(**fields: object) -> str:
+        return file_digest(image(**{"path": "a.img", "sha256": SHA} | fields), Path("/"))
+
+    variants = [digest(), digest(path="a.img.xz"), digest(size="1G"), digest(customize="hurd-debian"), digest(format="raw")]
+    assert len(set(variants)) == len(variants)
+    monkeypatch.setattr(disk_file, "guest_files", lambda: {"/usr/lib/offload/secret-service": b"another"})
+    assert digest() == variants[0]
+    assert digest(customize="hurd-debian") != variants[3], "another version of ours is another image"
 
 
 def write(folder: Path, name: str, text: str) -> None:

@@ -48,9 +48,9 @@ def parse_json(text):
 def to_json(value):
     """`value` (dict, list, str, int, float) as JSON text."""
     if isinstance(value, dict):
-        return "{{{}}}".format(",".join(f"{to_json(name)}:{to_json(item)}" for name, item in value.items()))
+        return "{" + ",".join([f"{to_json(name)}:{to_json(item)}" for name, item in value.items()]) + "}"
     if isinstance(value, list):
-        return "[{}]".format(",".join(map(to_json, value)))
+        return "[" + ",".join(map(to_json, value)) + "]"
     return _json.encode_basestring_ascii(value) if isinstance(value, str) else repr(value)
 
 

@@ -37,7 +37,7 @@ class Port:
         """Bytes in both."""
 
     def send(self, kind, channel, payload):
-        self.queue += (head(ord(kind), channel, len(payload)), payload)
+        self.queue += (head(kind, channel, len(payload)), payload)
         self.unsent += HEAD + len(payload)
 
     def flush(self):
