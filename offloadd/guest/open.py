@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -13,11 +13,17 @@ from offloadd.bridge import Bridge
 from offloadd.errors import AgentError, BootError
 from offloadd.guest.agent import Agent, open_agent
 from offloadd.guest.secret_root import SecretRoot
-from offloadd.guest.secret_service import ProcessStream, deliver_secrets, read_secret_root, receive_hello, send_secrets
-from offloadd.guest.ssh import Guest, open_ssh
-from offloadd.model.machine import SSH_PORT
+from offloadd.guest.secret_service import (
+    ProcessStream,
+    SecretLimits,
+    deliver_secrets,
+    read_secret_root,
+    receive_hello,
+    send_secrets,
+)
+from offloadd.guest.ssh import Guest, check_host_key, open_ssh
+from offloadd.model.machine import SECRETS_PORT
 from offloadd.nursery import open_narrow_nursery
-from offloadd.plan.machine import SECRETS_PORT
 from offloadd.vm.instance import Instance, while_running
 
 Phase = Callable[[str], None]
@@ -40,38 +46,58 @@ async def open_guest(instance: Instance, phase: Phase, *, adopted: bool = False)
         BootError: the guest ended, or was not ready within the machine's limit; with its console's last lines.
         AgentError, ProtocolError: it is not the guest that it should be.
     """
-    limit_s = instance.record.plan.boot_timeout_s
     async with open_agent(instance.files.agent, instance.name) as agent:
-        phase("waiting for the guest")
-        async with while_running(instance, BootError):
-            with trio.move_on_after(limit_s) as limit:
-                await agent.greet(adopted=adopted)
-            if limit.cancelled_caught:
-                raise BootError(
-                    f"not ready after {limit_s:.0f} s: its agent gave no hello",
-                    subject=instance.name,
-                    detail=instance.console_tail(),
-                    hint=f"offload vm logs {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
-                )
+        await greet(instance, agent, phase, adopted=adopted)
         yield agent
 
 
+async def greet(instance: Instance, agent: Agent, phase: Phase, *, adopted: bool = False) -> None:
+    """The same where the connection was made before."""
+    limit_s = instance.record.plan.boot_timeout_s
+    phase("waiting for the guest")
+    async with while_running(instance, BootError):
+        with trio.move_on_after(limit_s) as limit:
+            await agent.greet(adopted=adopted)
+        if limit.cancelled_caught:
+            raise BootError(
+                f"not ready after {limit_s:.0f} s: its agent gave no hello",
+                subject=instance.name,
+                detail=instance.console_tail(),
+                hint=f"offload vm logs {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
+            )
+
+
 async def personalize(instance: Instance, agent: Agent) -> None:
-    """Make the guest another machine than all others: entropy, addresses, machine id; and set its clock to the plan's date.
+    """Make the guest another machine than all others: entropy, address, machine id; and set its clock to the plan's date.
+
+    An address that nobody sees, of a build without the network, stays as it is: to change it costs an emulated guest 30 ms.
 
     Raises:
         AgentError, ProtocolError: it cannot be done; the clock does not show the date.
     """
+    await _personalize(instance, agent, None)
+
+
+async def wake(instance: Instance, agent: Agent, phase: Phase) -> None:
+    """`greet` and `personalize` a guest that goes on from where it was saved: it answers both at once."""
+    await _personalize(instance, agent, phase)
+
+
+async def _personalize(instance: Instance, agent: Agent, phase: Phase | None) -> None:
+    record = instance.record
     address = bytes([0x52, 0x54, 0x00]) + secrets.token_bytes(3)  # QEMU's prefix
-    moment = instance.record.clock()
-    said = await agent.call(
+    is_seen = record.plan.network or record.purpose == "machine"
+    moment = record.clock()
+    asked = agent.ask(
         "identify",
         seed=secrets.token_hex(64),
         machine_id=secrets.token_hex(16),
-        mac=address.hex(":"),
+        mac=address.hex(":") if is_seen else "",
         date=moment,
     )
-    check_clock(said, moment, agent.machine)
+    if phase:
+        await greet(instance, agent, phase)
+    check_clock(await agent.answer("identify", asked), moment, agent.machine)
 
 
 async def set_clock(agent: Agent, moment: float) -> None:
@@ -130,47 +156,87 @@ async def start_sshd(agent: Agent) -> None:
     raise AgentError("sshd does not listen", subject=agent.machine, hint="offload vm console")
 
 
-async def admit_users(instance: Instance, secrets: SecretRoot, bridge: Bridge, phase: Phase, *, adopted: bool = False) -> None:
-    """Give a guest without our agent its secrets, and wait until one can log in: then it has taken them.
+@asynccontextmanager
+async def open_by_ssh(
+    instance: Instance, secrets: SecretRoot, bridge: Bridge, phase: Phase, *, adopted: bool = False
+) -> AsyncIterator[Guest | None]:
+    """Give a guest without our agent its secrets, and log in: then it has taken them.
 
     Args:
         phase: is told what is waited for.
         adopted: an earlier daemon may have given them already.
+    Returns:
+        The login; None where the guest has no account for us: its sshd has shown its host key then.
     Raises:
         ConfigError: a file of the secret root cannot be sent.
         BootError: the guest ended, was not ready within the machine's limit, or its clock does not show its date.
         ProtocolError, SshError: it is not the guest that it should be.
     """
+    admission = _Admission(instance, secrets, bridge, phase)
     limit_s = instance.record.plan.boot_timeout_s
-    waits_for = "its secret service gave no hello"
+    async with AsyncExitStack() as stack:
+        guest: Guest | None = None
+        async with while_running(instance, BootError):
+            with trio.move_on_after(limit_s) as limit:
+                guest = await admission.wait(stack, adopted=adopted)
+            if limit.cancelled_caught:
+                raise BootError(
+                    f"not ready after {limit_s:.0f} s: {admission.waits_for}",
+                    subject=instance.name,
+                    detail=instance.console_tail(),
+                    hint=f"offload vm console {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
+                )
+        yield guest
 
-    async def deliver(nursery: trio.Nursery) -> None:
-        nonlocal waits_for
-        await deliver_secrets(instance.port(SECRETS_PORT), secrets.root, machine=instance.name)
-        waits_for = "it took its secrets, and then nobody could log in"
-        phase("waiting for sshd")
+
+class _Admission:
+    """The way from a guest that has just been started to one that we are logged in to."""
+
+    def __init__(self, instance: Instance, secrets: SecretRoot, bridge: Bridge, phase: Phase) -> None:
+        self.waits_for = "its secret service gave no hello"
+        self._instance = instance
+        self._secrets = secrets
+        self._bridge = bridge
+        self._phase = phase
+
+    async def wait(self, stack: AsyncExitStack, *, adopted: bool) -> Guest | None:
         if not adopted:
-            nursery.start_soon(log_in, nursery)
+            await self._deliver()
+            return await self._log_in(stack)
+        async with open_narrow_nursery() as nursery:
+            nursery.start_soon(self._deliver)
+            guest = await self._log_in(stack)
+            nursery.cancel_scope.cancel()
+        return guest
 
-    async def log_in(nursery: trio.Nursery) -> None:
-        async with open_ssh(bridge, instance.port(SSH_PORT), secrets) as guest:
-            await _check_shown_clock(guest, instance)
-        nursery.cancel_scope.cancel()
-
-    phase("waiting for its secret service")
-    async with while_running(instance, BootError):
-        with trio.move_on_after(limit_s) as limit:
-            async with open_narrow_nursery() as nursery:
-                nursery.start_soon(deliver, nursery)
-                if adopted:
-                    nursery.start_soon(log_in, nursery)
-        if limit.cancelled_caught:
-            raise BootError(
-                f"not ready after {limit_s:.0f} s: {waits_for}",
-                subject=instance.name,
-                detail=instance.console_tail(),
-                hint=f"offload vm console {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
+    async def _deliver(self) -> None:
+        self._phase("waiting for its secret service")
+        plan, secrets = self._instance.record.plan, self._secrets
+        limits = SecretLimits(retries=plan.secret_retries, handshake_timeout_s=plan.secret_handshake_timeout_s)
+        port = self._instance.port(SECRETS_PORT)
+        try:
+            await deliver_secrets(
+                port,
+                secrets.root,
+                machine=self._instance.name,
+                limits=limits,
+                withheld=secrets.withheld,
+                heard=lambda: self._phase("sending its secrets"),
             )
+        except BootError as exc:
+            exc.detail = exc.detail or self._instance.console_tail()
+            raise
+        self.waits_for = "it took its secrets, and then nobody could log in"
+        self._phase("waiting for sshd")
+
+    async def _log_in(self, stack: AsyncExitStack) -> Guest | None:
+        port = self._instance.ssh_port
+        if not self._secrets.has_account:
+            await check_host_key(self._bridge, port, self._secrets)
+            return None
+        guest = await stack.enter_async_context(open_ssh(self._bridge, port, self._secrets))
+        await _check_shown_clock(guest, self._instance)
+        return guest
 
 
 async def _check_shown_clock(guest: Guest, instance: Instance) -> None:

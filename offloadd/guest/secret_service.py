@@ -13,17 +13,19 @@ Names are UTF-8.  Guix's receiver writes `?` for what its locale does not have: 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from offloadd.errors import ConfigError, Problem, ProtocolError
+from offloadd.errors import BootError, ConfigError, Problem, ProtocolError
 
 HELLO = b"(secret-service-server (version 0))"
 MAX_FILES = 1000
@@ -31,9 +33,12 @@ MAX_TOTAL = 64 * 1024**2
 """What the receiver in our images takes at most, in files and bytes."""
 
 _RETRY_S = 0.1
+_REFUSED_S = 1.0
+"""Guix's pause."""
 _MIN_HELLO_S = 0.4
 _MAX_HELLO_S = 15.0
 _CLOSE_S = 10.0
+_HINT = "does the image run the secret service?"
 
 
 @dataclass(frozen=True)
@@ -214,41 +219,109 @@ class ProcessStream(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
 
-async def deliver_secrets(port: int, root: Path, *, machine: str) -> None:
-    """Copy the files of the secret root `root` into the guest behind 127.0.0.1:`port`; tries until the caller's time limit.
+@dataclass(frozen=True, kw_only=True)
+class SecretLimits:
+    """How long a guest may keep us waiting; the defaults are Guix's (`secret-service-send-secrets`)."""
+
+    retries: int = 60
+    """How often a connection that is refused is tried again, a second apart."""
+    handshake_timeout_s: float | None = 180.0
+    """Seconds from the first connection to the complete hello; None: until the caller's own limit."""
+    send_s: float = 60.0
+    """For a guest that has said hello to read all that is sent."""
+
+
+async def deliver_secrets(
+    port: int,
+    root: Path,
+    *,
+    machine: str,
+    limits: SecretLimits = SecretLimits(handshake_timeout_s=None),
+    withheld: Collection[str] = (),
+    heard: Callable[[], None] = lambda: None,
+) -> None:
+    """Copy the files of the secret root `root` into the guest behind 127.0.0.1:`port`.
 
     QEMU accepts on a forwarded port before the guest listens: then it drops the connection without a byte or, before the
     guest's network is up, holds it for about 75 seconds.  Only a complete hello shows that somebody is there; so each try waits
-    for it a quarter of the time that has passed already, which is enough for a slow guest too.
+    for it a quarter of the time that has passed already, which is enough for a slow guest too.  The limits are for all tries
+    together: neither silence nor a byte now and then holds us longer.
 
+    Args:
+        withheld: names, as the guest sees them, of files that it does not get.
+        heard: is called at each complete hello.
     Raises:
         ConfigError: a file of the secret root cannot be sent.
+        BootError: one of the limits is over.
         ProtocolError: something else than a secret service answers.
     """
-    files = await trio.to_thread.run_sync(read_secret_root, root)
-    began = trio.current_time()
-    while True:
-        hello_s = min(max((trio.current_time() - began) / 4, _MIN_HELLO_S), _MAX_HELLO_S)
-        try:
-            if await _try_to_deliver(port, files, hello_s):
-                return
-        except ProtocolError as exc:
-            raise ProtocolError(exc.what, subject=machine, hint="does the image run the secret service?") from exc
-        await trio.sleep(_RETRY_S)
-
-
-async def _try_to_deliver(port: int, files: Sequence[SecretFile], hello_s: float) -> bool:
-    """Whether the files were sent to the end."""
-    heard = False
+    found = await trio.to_thread.run_sync(read_secret_root, root)
+    files = [file for file in found if file.name not in withheld]
+    delivery = _Delivery(port, files, limits, machine, heard)
     try:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            with trio.move_on_after(hello_s):
+        await delivery.run()
+    except ProtocolError as exc:
+        raise ProtocolError(exc.what, subject=machine, hint=_HINT) from exc
+
+
+class _Delivery:
+    """All tries to give one guest its secrets."""
+
+    def __init__(
+        self, port: int, files: Sequence[SecretFile], limits: SecretLimits, machine: str, heard: Callable[[], None]
+    ) -> None:
+        self._port = port
+        self._files = files
+        self._limits = limits
+        self._machine = machine
+        self._heard = heard
+        self._began = trio.current_time()
+        self._refused = 0
+        self._heard_once = False
+
+    async def run(self) -> None:
+        stream = await self._connect()
+        limit_s = math.inf if self._limits.handshake_timeout_s is None else self._limits.handshake_timeout_s
+        hello_until = trio.current_time() + limit_s
+        while not await self._try(stream, hello_until):
+            if trio.current_time() >= hello_until:
+                did = "did not take its secrets" if self._heard_once else "gave no hello"
+                raise self._failed(f"its secret service {did} within {limit_s:.0f} s")
+            await trio.sleep(_RETRY_S)
+            stream = await self._connect()
+
+    async def _connect(self) -> trio.SocketStream:
+        while True:
+            try:
+                return await trio.open_tcp_stream("127.0.0.1", self._port)
+            except OSError as exc:
+                self._refused += 1
+                if self._refused > self._limits.retries:
+                    raise self._failed(f"its secret service refused {self._refused} connections") from exc
+            await trio.sleep(_REFUSED_S)
+
+    async def _try(self, stream: trio.SocketStream, hello_until: float) -> bool:
+        """Whether the files were sent to the end."""
+        now = trio.current_time()
+        hello_s = min(max((now - self._began) / 4, _MIN_HELLO_S), _MAX_HELLO_S, hello_until - now)
+        async with stream:
+            heard = False
+            with trio.move_on_after(max(hello_s, 0)):
                 heard = await receive_hello(stream)
             if heard:
-                # The guest installs all or nothing and then listens again: a broken try can be repeated.
-                await send_secrets(stream, files)
-            return heard
-    except OSError:
+                self._heard_once = True
+                self._heard()
+                return await self._send(stream)
         return False
-    except trio.BrokenResourceError:
+
+    async def _send(self, stream: trio.SocketStream) -> bool:
+        # The guest installs all or nothing and then listens again: a broken try can be repeated.
+        with trio.move_on_after(self._limits.send_s) as limit, suppress(trio.BrokenResourceError):
+            await send_secrets(stream, self._files)
+            return True
+        if limit.cancelled_caught:
+            raise self._failed(f"it did not take its secrets within {self._limits.send_s:.0f} s")
         return False
+
+    def _failed(self, what: str) -> BootError:
+        return BootError(what, subject=self._machine, hint=_HINT)

@@ -142,13 +142,15 @@ class Guest:
 
 
 @asynccontextmanager
-async def open_ssh(bridge: Bridge, port: int, secrets: SecretRoot) -> AsyncIterator[Guest]:
+async def open_ssh(bridge: Bridge, port: int, secrets: SecretRoot, *, user: str | None = None) -> AsyncIterator[Guest]:
     """Log in, trying again until the guest's sshd listens; the caller sets the time limit.
 
+    Args:
+        user: by default the account that all guests have for us.
     Raises:
         SshError: the guest shows another host key or refuses ours: no other try would help.
     """
-    connection = await _login(bridge, port, secrets)
+    connection = await _login(bridge, port, secrets, user or ACCOUNT)
     try:
         yield Guest(bridge, connection, secrets.machine)
     finally:
@@ -156,16 +158,31 @@ async def open_ssh(bridge: Bridge, port: int, secrets: SecretRoot) -> AsyncItera
             await bridge.run_sync(connection.abort)
 
 
-async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSHClientConnection:
+async def check_host_key(bridge: Bridge, port: int, secrets: SecretRoot) -> None:
+    """Wait until the guest's sshd answers with the host key that it was given, where it has no account for us.
+
+    Raises:
+        SshError: it shows another one.
+    """
+    try:
+        async with open_ssh(bridge, port, secrets):
+            pass
+    except SshError as exc:
+        # What comes after the host key: whom it lets in is its own affair.
+        if not isinstance(exc.__cause__, asyncssh.PermissionDenied):
+            raise
+
+
+async def _login(bridge: Bridge, port: int, secrets: SecretRoot, user: str) -> asyncssh.SSHClientConnection:
     host_keys = [asyncssh.read_public_key(path) for path in secrets.host_keys]
 
     async def connect() -> asyncssh.SSHClientConnection:
         return await asyncssh.connect(
             "127.0.0.1",
             port,
-            username=ACCOUNT,
+            username=user,
             known_hosts=(host_keys, [], []),
-            client_keys=[str(secrets.client_key)],
+            client_keys=[str(secrets.client_key)] if secrets.has_account else None,
             config=None,
             agent_path=None,
             server_host_key_algs=["ssh-ed25519"],
@@ -184,7 +201,7 @@ async def _login(bridge: Bridge, port: int, secrets: SecretRoot) -> asyncssh.SSH
             hint = f"it did not take the secrets that were sent; is port {port} another machine's?"
             raise SshError("the guest shows a host key that is not ours", subject=secrets.machine, hint=hint) from exc
         except asyncssh.PermissionDenied as exc:
-            hint = f"does the secret root hold authorized_keys.d/{ACCOUNT}? see {secrets.root}"
+            hint = f"does the secret root hold authorized_keys.d/{user}? see {secrets.root}"
             raise SshError("key refused", subject=secrets.machine, hint=hint) from exc
         except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
             # Without the cause: nothing of a private key belongs in a message.

@@ -22,12 +22,11 @@ from offloadd.errors import NotFoundError
 from offloadd.guix.acl import ACL, COMMENTS, Acl, open_acl
 from offloadd.guix.files import Owner, read_small, refuse_link
 from offloadd.guix.key import PRIVATE_KEY, PUBLIC_KEY, PublicKey, make_signing_key, read_public_key
+from offloadd.guix.trust import COMMENT, keys_for_guest
 from offloadd.setup.include import include
 from offloadd.setup.steps import Step, file_step, read_text
 
 MAX_KEY = 64 * 1024
-COMMENT = "offload: "
-"""Begins the comment of a machine's key in this host's ACL."""
 DROP_IN = Path("/etc/systemd/system/guix-daemon.service.d/offload.conf")
 _UNITS = [
     Path(folder) / "guix-daemon.service" for folder in ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
@@ -123,16 +122,7 @@ def _client_key_step(host: GuixHost, guest: Guest) -> Step:
 
 
 def _guest_acl_step(host: GuixHost, inside: Path, machine: str) -> Step:
-    """The guest takes what this host signed, and what this host takes itself; not what our other guests sign."""
-
-    def keys() -> list[PublicKey]:
-        own = read_public_key(host.directory / PUBLIC_KEY)
-        entries = Acl.read(host.directory / ACL).entries
-        others = [entry.key for entry in entries if entry.key and entry.authorizes and not entry.comment.startswith(COMMENT)]
-        # The last one that is put in is the first of the list.
-        return [*(key for key in reversed(others) if key != own), own]
-
-    return _acl_step(inside / ACL, keys, None, machine, "")
+    return _acl_step(inside / ACL, lambda: keys_for_guest(host.directory), None, machine, "")
 
 
 def _host_acl_step(host: GuixHost, inside: Path, machine: str) -> Step:

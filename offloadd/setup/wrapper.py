@@ -30,6 +30,22 @@ class Program:
     sources: Sequence[str] = ()
 
 
+def hook_program(hook: str, python: str, entry: Path, package: Path) -> Program:
+    """A hook of ours as each build waits for it: what is installed beside Python is not even looked for.
+
+    Args:
+        hook: `guix-hook` or `nix-hook`.
+        python: runs it.
+        entry: the module that it begins with.
+        package: the directory of `offloadd`.
+    """
+    # Not by PYTHONPATH, which the real program would inherit; and what lies where a build daemon works is no module.
+    roots = [str(package.parent), str(entry.parents[1])]
+    code = f"import sys; sys.path[:0] = {roots!r}; from offload_cli.entry import be_hook; be_hook({hook!r}, sys.argv[1:])"
+    sources = [str(entry), str(package / "hook/relay.py")]
+    return Program(argv=[python, "-I", "-S", "-c", code], executables=[python], sources=sources)
+
+
 def wrapper(program: Program, environment: Mapping[str, str], instead: Sequence[str]) -> bytes:
     """A program that runs ours, with its own arguments and these variables; `instead` where it cannot be run.
 

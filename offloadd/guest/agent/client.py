@@ -60,7 +60,7 @@ class Agent:
         self._lost = trio.Event()
 
     async def greet(self, *, adopted: bool = False) -> None:
-        """Say hello and wait for the answer: the caller has the time limit.
+        """Say hello, and with it what was asked already, and wait for the answer: the caller has the time limit.
 
         Args:
             adopted: another host may have been connected before.
@@ -70,7 +70,9 @@ class Agent:
         """
         hello = Hello()
         with suppress(trio.BrokenResourceError):
-            await self._stream.send_all(hello.question(after_loss=adopted))
+            # In one piece: a guest that was saved wakes up once for both.
+            posted, self._outgoing = self._outgoing, deque()
+            await self._stream.send_all(hello.question(after_loss=adopted) + b"".join(one.frame for one in posted))
             while data := await self._stream.receive_some(_PIECE):
                 try:
                     rest = hello.search(bytes(data))
@@ -95,9 +97,21 @@ class Agent:
             AgentError: the guest cannot do it, gives no answer, or the connection is gone.
             ProtocolError: it does not keep to the protocol.
         """
+        return await self.answer(name, self.ask(name, **given))
+
+    def ask(self, name: str, **given: Any) -> int:
+        """The first half of `call`, also before `greet`: the number of the question.
+
+        Raises:
+            AgentError: the connection is gone.
+        """
         number = next(self._numbers)
         self.post(encode(b"C", number, json.dumps({"call": name, **given}).encode()))
         self._answers[number] = None
+        return number
+
+    async def answer(self, name: str, number: int) -> dict[str, Any]:
+        """The second half, which raises the same."""
         try:
             with trio.move_on_after(CALL_S):
                 while (answer := self._answers[number]) is None:
