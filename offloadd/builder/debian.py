@@ -26,6 +26,10 @@ from offloadd.process import Progress
 
 OUTPUTS = ("*.*deb", "*.changes", "*.buildinfo")
 """The first is for .deb, .udeb and .ddeb: a pattern that matches nothing would be an error."""
+BUILDER_PACKAGES = ("build-essential", "fakeroot")
+"""What a build daemon has beside a package's own dependencies."""
+CHECK_DEPENDS = "dpkg-checkbuilddeps"
+"""In the step that fails where something is missing that no environment of ours has brought."""
 _PATH_VERSION = 64
 """Characters of a version that the build directory's name has at most."""
 
@@ -56,6 +60,8 @@ async def prepare_debian(
 ) -> DebianSource:
     """Fetch (or take) the source package, and find out what its build needs.  Nothing of the package runs.
 
+    What a build on the Hurd needs is found there: its packages come from other archives than Linux's.
+
     Args:
         system: a system type; the host need not be able to run it.
         sent: the tar that came with the request, which holds the .dsc and its files when `build.dsc` names one.
@@ -72,11 +78,13 @@ async def prepare_debian(
     architecture = SYSTEMS[system].debian
     archive = Archive(cache, build.suite, mirror=mirror)
     package = await _find_package(build, archive, sent, progress, lambda dsc: check_architecture(dsc, architecture))
-    progress(f"finding the build dependencies of {package.dsc.source} {package.dsc.version} for {architecture}", None)
-    profiles = () if build.check else ("nocheck",)
-    if fresh:
-        await archive.refresh(architecture, progress)
-    packages = await archive.resolve(package.dsc, package.files[0], architecture, profiles=profiles, progress=progress)
+    packages: tuple[str, ...] = ()
+    if SYSTEMS[system].kernel == "linux":
+        progress(f"finding the build dependencies of {package.dsc.source} {package.dsc.version} for {architecture}", None)
+        profiles = () if build.check else ("nocheck",)
+        if fresh:
+            await archive.refresh(architecture, progress)
+        packages = await archive.resolve(package.dsc, package.files[0], architecture, profiles=profiles, progress=progress)
     released = await trio.to_thread.run_sync(_released, package)
     return DebianSource(
         recipe=make_recipe(build, package.dsc, package.files[0].name, system, packages, released),
@@ -121,7 +129,7 @@ def make_recipe(
         version=dsc.version_without_epoch[:_PATH_VERSION],
         suite=build.suite,
         packages=packages,
-        steps=make_steps(build, dsc, dsc_name),
+        steps=make_steps(build, dsc, dsc_name, check_depends=SYSTEMS[system].kernel != "linux"),
         outputs=OUTPUTS,
         env=make_environment(build, released),
         systems=(system,),
@@ -129,8 +137,12 @@ def make_recipe(
     )
 
 
-def make_steps(build: DebianBuild, dsc: Dsc, dsc_name: str) -> tuple[str, ...]:
-    """Unpack, then build; results lie beside the unpacked source, where the patterns of the outputs look."""
+def make_steps(build: DebianBuild, dsc: Dsc, dsc_name: str, *, check_depends: bool = False) -> tuple[str, ...]:
+    """Unpack, then build; results lie beside the unpacked source, where the patterns of the outputs look.
+
+    Args:
+        check_depends: whether it has to be seen first that what the build needs is there.
+    """
     directory = shlex.quote(dsc.directory)
     words = list(dict.fromkeys((*build.build_options, *(() if build.check else ("nocheck",)))))
     if not any(word.startswith("parallel=") for word in words):
@@ -139,6 +151,7 @@ def make_steps(build: DebianBuild, dsc: Dsc, dsc_name: str) -> tuple[str, ...]:
         # Checked on the host.  Files from the guest's future, and what patches have touched, would have make complain.
         f"dpkg-source --no-check --extract {shlex.quote(dsc_name)} {directory}"
         f' && find {directory} -newermt "@$(date +%s)" -exec touch --no-dereference {{}} +',
+        *([f"cd {directory} && {CHECK_DEPENDS}"] if check_depends else []),
         f'cd {directory} && DEB_BUILD_OPTIONS="{" ".join(words)}" dpkg-buildpackage --build=binary --no-sign',
     )
 

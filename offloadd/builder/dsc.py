@@ -50,6 +50,8 @@ class Dsc:
     architectures: tuple[str, ...]
     """Names and wildcards."""
     files: tuple[DscFile, ...]
+    build_depends: tuple[str, ...] = ()
+    """What has to be installed to build it, of all three kinds: dependencies in the words of Debian Policy 7.1, not checked."""
 
     @property
     def version_without_epoch(self) -> str:
@@ -83,6 +85,7 @@ def parse_dsc(data: bytes, subject: str) -> Dsc:
             version=version,
             architectures=tuple(architectures),
             files=tuple(_files(fields["checksums-sha256"])),
+            build_depends=tuple(_dependencies(fields)),
         )
     except KeyError as exc:
         raise SourceError(f"is not a .dsc: it has no field {str(exc.args[0]).title()}", subject=subject) from exc
@@ -128,6 +131,13 @@ def _stanza(text: str) -> list[str]:
         elif found:
             break
     return found
+
+
+def _dependencies(fields: dict[str, str]) -> Iterator[str]:
+    for kind in ("build-depends", "build-depends-arch", "build-depends-indep"):
+        for word in fields.get(kind, "").split(","):
+            if word.strip():
+                yield " ".join(word.split())
 
 
 def _files(value: str) -> Iterator[DscFile]:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 
 import trio
 
+from offloadd.builder.run import run_build
 from offloadd.cache import as_mapped_root
 from offloadd.errors import HostError
 from offloadd.nursery import open_narrow_nursery
@@ -137,7 +139,7 @@ async def open_local_place(root: Path, state: Path, *, stuck_timeout_s: float | 
         state: see `LocalService`.
     """
     yield Place(
-        service=LocalService(state, stuck_timeout_s=stuck_timeout_s),
+        run=partial(run_build, LocalService(state, stuck_timeout_s=stuck_timeout_s)),
         environment=str(root),
         clock=time.time,
     )

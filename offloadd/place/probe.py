@@ -61,23 +61,27 @@ class Shell(Protocol):
     def open_process(self, command: str) -> AbstractAsyncContextManager[FarProcess]: ...
 
 
+Explain = Callable[[int, bytes, str], SshError]
+"""Exit status, last words and the machine's name -> what that means."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """One host, looked at."""
 
     clock_offset_s: float
     """What its clock is ahead of what it should show; less than zero when it is behind."""
-    load: float
-    """Of the last minute, for each core."""
+    load: float | None
+    """Of the last minute, for each core; this and what follows is None where a host without Python does not tell it."""
     cores: int
-    memory_mib: int
+    memory_mib: int | None
     """Available."""
-    disk_free: int
+    disk_free: int | None
     """Bytes, where builds are kept."""
     kernel: str
     machine: str
     """Its processor in Linux's words (`uname -m`)."""
-    python: str
+    python: str = ""
     """`3.11`"""
     sandbox: str = ""
     """Why bubblewrap does not work there; empty when it does."""
@@ -115,7 +119,7 @@ async def probe_ssh(shell: Shell, machine: str, clock: Callable[[], float] = tim
         received = clock()
         if len(answer) > MAX_ANSWER:
             raise ProtocolError(f"said more than {MAX_ANSWER >> 10} KiB of itself", subject=machine)
-        await _check_end(process, machine)
+        await _check_end(process, machine, far_side_error)
         return parse_probe(answer, received, machine)
 
 
@@ -189,12 +193,43 @@ async def exchange_file(shell: Shell, machine: str, size: int = EXCHANGED) -> fl
         SshError: it cannot be written there, or the connection broke.
         ProtocolError: what came back is something else.
     """
+    async with _far_side(shell, machine, "exchange", str(size)) as process:
+        return await _there_and_back(process, machine, size, far_side_error)
+
+
+async def send_and_get_back(shell: Shell, command: str, machine: str, size: int) -> float:
+    """The same through a command of the shell's.
+
+    Args:
+        command: takes `size` bytes from its standard input and gives them back.
+    Raises:
+        SshError, ProtocolError: as `exchange_file`.
+    """
+    async with _in_time(machine), shell.open_process(command) as process:
+        return await _there_and_back(process, machine, size, program_error)
+
+
+async def ask_shell(shell: Shell, command: str, machine: str) -> bytes:
+    """What a command prints, at most little more than `MAX_ANSWER` bytes.
+
+    Raises:
+        SshError: it failed or gave no answer in time, or the connection broke.
+        ProtocolError: it said more than that.
+    """
+    async with _in_time(machine), shell.open_process(command) as process:
+        answer = await _read(process, MAX_ANSWER)
+        if len(answer) > MAX_ANSWER:
+            raise ProtocolError(f"said more than {MAX_ANSWER >> 10} KiB of itself", subject=machine)
+        await _check_end(process, machine, program_error)
+        return answer
+
+
+async def _there_and_back(process: FarProcess, machine: str, size: int, explain: Explain) -> float:
     sent = os.urandom(size)
     began = trio.current_time()
-    async with _far_side(shell, machine, "exchange", str(size)) as process:
-        await process.send(sent)
-        back = await _read(process, size)
-        await _check_end(process, machine)
+    await process.send(sent)
+    back = await _read(process, size)
+    await _check_end(process, machine, explain)
     if back != sent:
         raise ProtocolError("gave back another file than was sent", subject=machine)
     return trio.current_time() - began
@@ -213,13 +248,17 @@ def far_side_program() -> bytes:
 
 @asynccontextmanager
 async def _far_side(shell: Shell, machine: str, *words: str) -> AsyncIterator[FarProcess]:
-    limit = trio.CancelScope(deadline=trio.current_time() + PROBE_S)
-    with limit:
-        async with shell.open_process(far_side_command(*words)) as process:
-            # A program that has ended already has said why, which is read next.
-            with suppress(SshError):
-                await process.send(far_side_program())
-            yield process
+    async with _in_time(machine), shell.open_process(far_side_command(*words)) as process:
+        # A program that has ended already has said why, which is read next.
+        with suppress(SshError):
+            await process.send(far_side_program())
+        yield process
+
+
+@asynccontextmanager
+async def _in_time(machine: str) -> AsyncIterator[None]:
+    with trio.move_on_after(PROBE_S) as limit:
+        yield
     if limit.cancelled_caught:
         raise SshError(f"gave no answer within {format_duration(PROBE_S)}", subject=machine)
 
@@ -232,24 +271,34 @@ async def _read(process: FarProcess, limit: int) -> bytes:
     return data
 
 
-async def _check_end(process: FarProcess, machine: str) -> None:
+async def _check_end(process: FarProcess, machine: str, explain: Explain) -> None:
     """Raise what is wrong when the program did not end well."""
     said = b""
     while len(said) < 4096 and (piece := await process.receive_error()):
         said += piece
     status = await process.wait()
     if status:
-        raise far_side_error(status, said, machine)
+        raise explain(status, said, machine)
 
 
 def far_side_error(status: int, said: bytes, machine: str) -> SshError:
-    """What it means that a program there ended with `status` and these last words."""
-    words = clean(said[-4096:].decode(errors="replace")).strip()
+    """What it means that Python there ended with `status` and these last words."""
+    words = _last_words(said)
     least = ".".join(map(str, OLDEST_PYTHON))
     if status == 127:
         hint = f"install Python {least} or newer there, and bubblewrap; nothing else is needed"
         return SshError("has no python3", subject=machine, detail=words, hint=hint)
     if words.startswith("Python "):
         return SshError(f"has {words.splitlines()[0]}, too old for builds", subject=machine, hint=f"Python {least} or newer")
+    return program_error(status, said, machine)
+
+
+def program_error(status: int, said: bytes, machine: str) -> SshError:
+    """What it means that any program there did."""
+    words = _last_words(said)
     last = words.splitlines()[-1] if words else "it said nothing"
     return SshError(f"a program failed there with status {status}: {last}", subject=machine, detail=words)
+
+
+def _last_words(said: bytes) -> str:
+    return clean(said[-4096:].decode(errors="replace")).strip()

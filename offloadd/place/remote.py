@@ -7,14 +7,15 @@ recipe's `packages` ask for counts as there when the machine names it among its 
 
 from __future__ import annotations
 
-import functools
 import io
 import time
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import cache, partial
 
 from offloadd.bridge import Bridge
+from offloadd.builder.run import run_build
 from offloadd.errors import SshError
 from offloadd.guest.ssh import Guest, GuestProcess, open_remote
 from offloadd.model.machine import SshMachine
@@ -44,7 +45,7 @@ class RemoteService:
             yield process
 
 
-@functools.cache
+@cache
 def pack_service() -> bytes:
     """The build service as a zip; always the same bytes for the same files."""
     packed = io.BytesIO()
@@ -68,7 +69,7 @@ async def open_remote_place(machine: SshMachine, bridge: Bridge) -> AsyncIterato
         probe = await probe_ssh(guest, machine.name)
         if probe.fault:
             raise SshError(probe.fault, subject=machine.name, hint=f"offload machine test {machine.name}")
-        yield Place(service=RemoteService(guest), environment=None, clock=time.time, facts=_facts(machine, probe))
+        yield Place(run=partial(run_build, RemoteService(guest)), clock=time.time, facts=_facts(machine, probe))
 
 
 def _facts(machine: SshMachine, probe: Probe) -> dict[str, object]:

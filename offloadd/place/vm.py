@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from offloadd.builder.run import run_build
 from offloadd.errors import MachineLostError, TransientError
 from offloadd.guest.agent import Agent, AgentProcess
 from offloadd.model.quantity import format_date
@@ -71,12 +73,12 @@ async def open_in_guest(
         try:
             serial = MOUNTED if mounted == environment else await disks.attach(environment)
             yield Place(
-                service=GuestService(agent),
+                run=partial(run_build, GuestService(agent)),
                 environment=serial,
                 clock=clock,
                 set_clock=own,
                 disks=disks,
-                facts=_facts(instance) | {"own_vm": own},
+                facts=describe(instance) | {"own_vm": own},
             )
         finally:
             if not own:
@@ -108,7 +110,8 @@ class GuestDisks:
             await self._instance.detach_disk(serial)
 
 
-def _facts(instance: Instance) -> dict[str, Any]:
+def describe(instance: Instance) -> dict[str, Any]:
+    """What a build's record says of the machine that it was in."""
     record = instance.record
     plan = record.plan
     return {

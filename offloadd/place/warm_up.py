@@ -11,8 +11,9 @@ from pathlib import Path
 
 import trio
 
+from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver
-from offloadd.builder.run import Job, Report, run_build
+from offloadd.builder.run import run_build
 from offloadd.errors import AgentError
 from offloadd.guest.agent import Agent
 from offloadd.place.vm import GuestService

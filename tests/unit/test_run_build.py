@@ -14,9 +14,10 @@ import pytest
 import trio
 import trio.testing
 
-from offloadd.builder import run
+from offloadd.builder import course
+from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver
-from offloadd.builder.run import Job, Report, run_build
+from offloadd.builder.run import run_build
 from offloadd.errors import BuildFailedError, BuildTimeoutError, HostError, ProtocolError, SshError, UsageError
 from offloadd.guest.frames import HOST_KINDS, PIECE, Decoder, Frame, encode
 
@@ -261,7 +262,7 @@ async def test_what_a_service_said_comes_before_the_broken_pipe(case: Case, auto
 async def test_a_guest_that_does_not_begin(case: Case, autojump_clock: trio.testing.MockClock) -> None:
     began = trio.current_time()
     await case.fail(SshError, "did not begin the build within 15m00s")
-    assert trio.current_time() - began == pytest.approx(run.PREPARE_S)
+    assert trio.current_time() - began == pytest.approx(course.PREPARE_S)
 
 
 async def test_a_build_that_is_silent_for_too_long(case: Case, autojump_clock: trio.testing.MockClock) -> None:
@@ -290,7 +291,7 @@ async def test_collecting_may_be_silent(case: Case, autojump_clock: trio.testing
 
 
 async def test_a_log_without_end(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_LOG_BYTES", 1 << 20)
+    monkeypatch.setattr(course, "MAX_LOG_BYTES", 1 << 20)
     await case.fail(BuildFailedError, "log is larger than 1 MiB", STARTED, *[encode(b"L", b"x" * PIECE)] * 20)
     # Each piece becomes an event, which is larger than a byte.
     await case.fail(BuildFailedError, "log is larger than 1 MiB", STARTED, *[encode(b"L", b"x") * 1000] * 20)
