@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 def build(
     ctx: typer.Context,
     what: str | None = typer.Argument(
-        None, metavar="[WHAT]", show_default=False, help="A directory (by default the current one), a Debian package, a .dsc."
+        None,
+        metavar="[WHAT]",
+        show_default=False,
+        help="A directory (by default this one), a Debian package, a .dsc, guix:NAME.",
     ),
     system: list[str] = typer.Option(
         [], "-s", "--system", metavar="SYSTEM", autocompletion=system_names, help="The system type to build for; repeatable."
@@ -69,7 +72,8 @@ def build(
     """Build on the machine that it needs, and bring the result back.
 
     WHAT is a directory with an offload.yaml (or the command to run is given after `--`), a Debian source package
-    (NAME or NAME=VERSION) or a .dsc file.  The build's log goes to standard output and to OUT/build.log.
+    (NAME or NAME=VERSION), a .dsc file, or guix:NAME, which a guest builds with its own Guix.  The build's log goes to
+    standard output and to OUT/build.log.
 
     In a virtual machine each build has a guest that nobody has used before and nobody uses again; with --keep-machine it
     is done in the machine that runs for you, which is started when it does not, without a date of its own.
@@ -81,6 +85,7 @@ def build(
       offload build -s amd64 -s i386 -s arm64 --no-check ./hello_2.10-3.dsc
       offload build -p gcc -p make --output hello -o result ./hello -- make hello
       offload build --explain -s arm64 hello
+      offload build -s i586-gnu guix:hello
     """
     requirements = {"suite": suite, "kernel": kernel, "features": tuple(feature) or None, "network": network or None}
     changes = Changes(

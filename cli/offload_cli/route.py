@@ -22,7 +22,7 @@ from offloadd.model.quantity import format_size
 
 def route(
     system: str = typer.Argument(metavar="SYSTEM", autocompletion=system_names, help="x86_64-linux, arm64, i686-linux-gnu ..."),
-    what: str | None = typer.Argument(None, metavar="[WHAT]", help="A directory with an offload.yaml, or a Debian package."),
+    what: str | None = typer.Argument(None, metavar="[WHAT]", help="A directory, a Debian package, a .dsc, guix:NAME."),
     date: str | None = typer.Option(None, metavar="DATE", help="As for offload build."),
     cpu: str | None = typer.Option(None, metavar="MODEL", help="As for offload build."),
     kernel: str | None = typer.Option(None, metavar="VERSION", help="What the kernel's version must begin with."),
@@ -82,6 +82,8 @@ def source_line(source: Mapping[str, Any]) -> str:
 def decision_table(decision: Mapping[str, Any], width: int | None = None) -> str:
     """The candidates, best first; those that were passed over, with the reasons; those for other system types, in one line.
 
+    Below that what to do when nobody can.
+
     Args:
         width: of the terminal; None for as wide as it comes.
     """
@@ -97,4 +99,6 @@ def decision_table(decision: Mapping[str, Any], width: int | None = None) -> str
         lines.append(table(["RANK", "MACHINE", "KIND", "WHY"], rows, width))
     if unrelated:
         lines.append(fill(f"not for {system}: {', '.join(unrelated)}", width or sys.maxsize, break_on_hyphens=False))
+    if decision["hint"]:
+        lines.append(one_line(f"hint: {decision['hint']}"))
     return "\n".join(lines)

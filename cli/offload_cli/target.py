@@ -1,4 +1,4 @@
-"""What is to be built, from the word on the command line: a directory, a Debian package, a .dsc."""
+"""What is to be built, from the word on the command line: a directory, a Debian package, a .dsc, a Guix package."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_cli.request import Changes, check_directory, checked, find_recipe
+from offload_cli.request import Changes, check_directory, checked, find_recipe, safe_name
 from offloadd.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from offloadd.model.recipe import BuildRecipe, DebianBuild
 
 _PACKAGE = re.compile(r"(?:debian:)?([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9.+:~-]+))?")
+_GUIX = "guix:"
+_GUIX_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}(?:@([A-Za-z0-9][A-Za-z0-9+._-]{0,63}))?")
+"""Guix's NAME[@VERSION]: nothing that a shell, or an option's parser, would take for something else."""
 _NAMES = {"build-options": "--build-option", "check": "--no-check", "package": "the package"}
 
 
@@ -63,9 +66,9 @@ class Target:
 
 
 def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Target:
-    """What `word` means: nothing for the current directory, a directory, `NAME[=VERSION]`, a .dsc file.
+    """What `word` means: nothing for the current directory, a directory, `NAME[=VERSION]`, a .dsc file, `guix:NAME`.
 
-    A directory comes before a package of the same name; `debian:NAME` is always the package.
+    A directory comes before a package of the same name; `debian:NAME` and `guix:NAME` are always the package.
 
     Raises:
         NotFoundError, ConfigError, UsageError: it is none of these, or something about it is wrong.
@@ -73,6 +76,8 @@ def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Ta
     path = Path(word or ".")
     if word is not None and word.endswith(".dsc") and not path.is_dir():
         return _dsc(path, changes, debian)
+    if word is not None and word.startswith(_GUIX):
+        return _guix(word, changes, debian)
     match = _PACKAGE.fullmatch(word or "")
     if match and not path.is_dir():
         return _package(match[1], match[2], changes, debian)
@@ -109,11 +114,42 @@ def _dsc(path: Path, changes: Changes, debian: DebianOptions) -> Target:
 def _debian(values: dict[str, Any], subject: str, changes: Changes, debian: DebianOptions) -> DebianBuild:
     from offloadd.model.recipe import DebianBuild
 
-    for wrong, name in ((changes.command, "a command"), (changes.packages, "--package"), (changes.outputs, "--output")):
-        if wrong:
-            raise UsageError(f"{name} is for a directory, not for a Debian package", subject=subject)
+    _refuse_changes(changes, "a Debian package", subject)
     values |= {"build-options": debian.build_options, "check": debian.check, **changes.requirements}
     return checked(DebianBuild, {key: value for key, value in values.items() if value is not None}, _NAMES)
+
+
+def _guix(word: str, changes: Changes, debian: DebianOptions) -> Target:
+    """A package of Guix's, built by the guest's own guix; what comes back is an archive that `guix archive --import` takes.
+
+    The guest needs the network, for substitutes and sources.
+    """
+    from offloadd.model.recipe import BuildRecipe
+
+    package = word.removeprefix(_GUIX)
+    match = _GUIX_PACKAGE.fullmatch(package)
+    if match is None:
+        raise UsageError("is no name of a Guix package", subject=word, hint="guix:NAME or guix:NAME@VERSION")
+    if given := debian.given():
+        raise UsageError(f"{given[0]} is for Debian packages", subject=word)
+    _refuse_changes(changes, "a Guix package", word)
+    values = {
+        "name": safe_name(package.partition("@")[0]),
+        "version": match[1] or "0",
+        "steps": (f"guix build {package}", f"guix archive --export --recursive {package} > {package}.nar"),
+        "outputs": (f"{package}.nar",),
+        **changes.requirements,
+        "features": ("guix", *changes.requirements.get("features", ())),
+        "network": True,
+    }
+    return Target(work=checked(BuildRecipe, values, _NAMES), name=package.replace("@", "-"))
+
+
+def _refuse_changes(changes: Changes, what: str, subject: str) -> None:
+    """Raise `UsageError` for options that change a recipe."""
+    for wrong, name in ((changes.command, "a command"), (changes.packages, "--package"), (changes.outputs, "--output")):
+        if wrong:
+            raise UsageError(f"{name} is for a directory, not for {what}", subject=subject)
 
 
 def known_system(name: str, where: str) -> str:

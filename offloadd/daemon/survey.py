@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from offloadd.daemon.probes import Probes
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.templates import has_template
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import HostError, NotAllowedError, OffloadError
+from offloadd.errors import HostError, NotAllowedError, NotFoundError, OffloadError
 from offloadd.host import native_systems, systems_of
 from offloadd.model.image import FileImage
-from offloadd.model.machine import BinfmtMachine, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.machine import BinfmtMachine, Childhurd, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.state import MachineMode
 from offloadd.model.system import SYSTEMS
 from offloadd.nursery import open_narrow_nursery
@@ -47,12 +48,12 @@ class Survey:
         self.probes = Probes(workshop.bridge, self._note_silent)
 
     async def facts(
-        self, machines: Mapping[str, Machine], *, worth: Callable[[SshMachine], bool] = lambda machine: True
+        self, machines: Mapping[str, Machine], *, worth: Callable[[Machine], bool] = lambda machine: True
     ) -> dict[str, MachineFacts]:
-        """What is known of each; remote hosts are asked side by side, in bounded time, unless they are to be left alone.
+        """What is known of each; whom we must log in to is asked side by side, in bounded time, unless it is to be left alone.
 
         Args:
-            worth: whether a remote host is to be asked: one that is dead takes its time.
+            worth: whether a remote host or a childhurd is to be asked: one that is dead takes its time.
         """
         here = await trio.to_thread.run_sync(self._look_here)
         templates = await trio.to_thread.run_sync(self._workshop.templates.known)
@@ -63,6 +64,8 @@ class Survey:
                 found[name] = MachineFacts(systems=machine.systems, running=True, **self._counts(name))
                 return
             found[name] = MachineFacts(**await self._facts(machine, here, templates), **self._counts(name))
+            if isinstance(machine, Childhurd):
+                found[name] = replace(found[name], load=await self._load(machine) if worth(machine) else None)
 
         async with open_narrow_nursery() as nursery:
             for name, machine in machines.items():
@@ -122,32 +125,48 @@ class Survey:
         binary = default_qemu(machine)
         path = shutil.which(binary)
         kvm = path is not None and not isinstance(machine, EmulatedVm) and self._has_kvm(path)
-        digest, about = await self._image_facts(machine.image, here["disk_free"])
+        digest, about = await self._image_facts(machine, here["disk_free"])
         return {
             "systems": machine.systems,
             "emulation": Emulation.NONE if kvm else Emulation.FULL,
-            "fault": "" if path else f"{binary} is not installed",
             "running": path is not None and has_template(machine, digest, Path(path), templates),
             "started": self._machines.find(machine.name) is not None,
+            "stateful": not machine.volatile,
             "memory_mib": machine.memory_size,
             **about,
+            **({} if path else {"fault": f"{binary} is not installed", "remedy": "offload doctor"}),
         }
+
+    async def _load(self, machine: Childhurd) -> float | None:
+        """Its own, while it runs; this host's says nothing of it, as its threshold is the Hurd's."""
+        running = self._machines.find(machine.name)
+        if running is None or not machine.offloading:
+            return None
+        answer = await self.probes.ask_guest(running)
+        return None if isinstance(answer, OffloadError) else answer.load
 
     def _has_kvm(self, qemu: str) -> bool:
         return known_accelerator(Path(qemu).resolve(), self._workshop.paths.accelerator) == "kvm"
 
-    async def _image_facts(self, name: str, disk_free: int) -> tuple[str, dict[str, Any]]:
-        """The image's digest; its kernel's version when it is built, and what its disk takes of the `disk_free` bytes here."""
-        shop = self._workshop
+    async def _image_facts(self, machine: VmMachine, disk_free: int) -> tuple[str, dict[str, Any]]:
+        """The image's digest; its kernel's version when it is built, and what its disk takes of the `disk_free` bytes here.
+
+        And whether builds go there: into our own guests, and into a childhurd whose file does not say otherwise.
+        """
+        shop, name, foreign = self._workshop, machine.image, {"kernel": "", "takes_builds": _takes_builds(machine)}
         try:
             library = shop.library()
             recipe = library.image(name)
+            if isinstance(recipe, FileImage):
+                recipe.check_set_up()
             digest = await shop.images.digest(recipe, library.folders[name])
             image = shop.images.find(digest)
+        except NotFoundError as exc:
+            return "", {**foreign, "fault": exc.what, "remedy": exc.hint}
         except OffloadError:  # damaged, or without its recipe: whoever boots it is told
             return "", {"kernel": ""}
         if isinstance(recipe, FileImage):
-            return digest, {"kernel": "", "has_agent": False}
+            return digest, foreign
         return digest, {"kernel": image.kernel_version if image else "", "disk_free": min(disk_free, recipe.size)}
 
     async def _ssh_facts(self, machine: SshMachine) -> dict[str, Any]:
@@ -169,6 +188,11 @@ class Survey:
             "disk_free": answer.disk_free,
             "kernel": answer.kernel,
         }
+
+
+def _takes_builds(machine: VmMachine) -> bool:
+    """Whether we can build in a guest of it that somebody else has made."""
+    return isinstance(machine, Childhurd) and machine.offloading
 
 
 def _local_facts(machine: LocalMachine) -> dict[str, Any]:

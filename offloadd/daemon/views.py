@@ -15,8 +15,10 @@ from offloadd.daemon.workshop import Workshop
 from offloadd.errors import ConfigError, ImageError
 from offloadd.image.store import Image
 from offloadd.model.image import FileImage, ImageDeclaration
-from offloadd.model.machine import SSH_PORT, Machine, VmMachine
+from offloadd.model.machine import Childhurd, Machine, VmMachine
 from offloadd.model.quantity import format_date
+from offloadd.plan.argv import InstanceFiles
+from offloadd.plan.machine import HURD_CPU
 from offloadd.route import MachineFacts
 from offloadd.store.database import BuildRow
 from offloadd.vm.footprint import private_memory
@@ -47,9 +49,9 @@ async def machine_rows(service: Service) -> list[dict[str, Any]]:
 
 
 async def vm_rows(service: Service) -> list[dict[str, Any]]:
-    """The same for virtual machines alone: no remote host is waited for.  With each the guests of it that run beside."""
+    """The same for virtual machines alone: nobody is waited for.  With each the guests of it that run beside."""
     vms = {name: machine for name, machine in known_machines(service).items() if isinstance(machine, VmMachine)}
-    facts = await service.survey.facts(vms)
+    facts = await service.survey.facts(vms, worth=lambda machine: False)
     found = await trio.to_thread.run_sync(read_records, service.workshop.paths.instances)
     private = await trio.to_thread.run_sync(lambda: {record.pid: private_memory(record.pid) for record in found})
     rows = []
@@ -104,6 +106,7 @@ def _machine_row(service: Service, machine: Machine, facts: MachineFacts) -> dic
         "missing": dict(facts.missing),
         "mode": facts.mode,
         "fault": facts.fault,
+        "remedy": facts.remedy,
         "breaker": {
             "state": facts.breaker.state(now),
             "failures": facts.breaker.failures,
@@ -135,10 +138,11 @@ def _vm_fields(service: Service, machine: Machine) -> dict[str, Any]:
     record = _record(service.workshop, machine.name)
     if record is None:
         date = format_date(machine.date) if machine.date else None
-        what: tuple[object, ...] = (machine.image, date, machine.cpu, machine.cpu_count, None)
+        cpu = machine.cpu or (HURD_CPU if isinstance(machine, Childhurd) else None)
+        what: tuple[object, ...] = (machine.image, date, cpu, machine.cpu_count, None)
     else:
         plan = record.plan
-        what = (plan.boot.image, format_date(plan.date), plan.cpu, plan.cpu_count, record.ports.get(SSH_PORT))
+        what = (plan.boot.image, format_date(plan.date), plan.cpu, plan.cpu_count, record.ssh_port)
     return dict(zip(_VM_FIELDS, (row.state, row.since, row.reason, *what), strict=True))
 
 
@@ -156,12 +160,18 @@ async def machine_view(service: Service, machine: Machine) -> dict[str, Any]:
         "detail": shop.database.machine(machine.name).detail,
         "instance": await trio.to_thread.run_sync(_instance_view, record) if record else None,
         "console_socket": str(shop.paths.instances / machine.name / "console.sock") if record else None,
+        "vnc_socket": _vnc_socket(shop, record) if record else None,
         "console_log": str(shop.paths.instances / machine.name / "console.log") if record else None,
         "logs": str(shop.paths.logs / machine.name),
         "secret_root": str(secrets.root) if secrets else machine.secret_root,
         "client_key": str(secrets.client_key) if secrets else None,
         "host_keys": [path.read_text().strip() for path in secrets.host_keys] if secrets else [],
     }
+
+
+def _vnc_socket(shop: Workshop, record: InstanceRecord) -> str | None:
+    """Where its screen is; None where it has none."""
+    return str(InstanceFiles(shop.paths.instances / record.plan.instance).vnc) if record.plan.has_screen else None
 
 
 def _instance_view(record: InstanceRecord) -> dict[str, Any]:
@@ -193,6 +203,9 @@ async def image_rows(shop: Workshop) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     current: set[str] = set()
     for name, recipe in sorted(library.images.items()):
+        if isinstance(recipe, FileImage) and not recipe.is_set_up:
+            rows.append(_image_row(recipe, "", None, "not set up"))
+            continue
         try:
             digest = await shop.images.digest(recipe, library.folders[name])
         except ConfigError:  # a file is gone; whoever boots it is told which
@@ -229,6 +242,8 @@ async def image_view(shop: Workshop, name: str) -> dict[str, Any]:
     if name not in library.images:
         return {"state": "superseded", **shop.images.show(name).to_json()}
     recipe = library.images[name]
+    if isinstance(recipe, FileImage) and not recipe.is_set_up:
+        return {"name": name, "digest": "", "state": "not set up", "recipe": recipe.to_json()}
     digest = await shop.images.digest(recipe, library.folders[name])
     image = shop.images.find(digest)
     if image is None:

@@ -21,6 +21,9 @@ from offloadd.route.obstacle import (
     Tell,
     find_obstacle,
     tell_asked,
+    tell_fault,
+    tell_features,
+    tell_kernel_of_host,
     tell_missing,
     tell_mode,
     tell_open,
@@ -57,8 +60,12 @@ class Candidate:
     machine: Machine
     cost: Cost
     facts: MachineFacts
-    keeps: bool = False
-    """Whether the build is done in the machine that runs for its user."""
+    asked_to_keep: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the build is done in the machine that runs for its user."""
+        return self.asked_to_keep or self.facts.stateful
 
     @property
     def why(self) -> str:
@@ -160,14 +167,35 @@ class Decision:
             return f"without --machine it could go to {', '.join(able[:3])}{' and others' if len(able) > 3 else ''}"
         asked = self.needs.machine
         near = [
-            (tell, machine) for tell, machine, _ in self.obstacles if tell is not tell_system and asked in (None, machine.name)
+            (tell, machine, known)
+            for tell, machine, known in self.obstacles
+            if tell not in (tell_system, tell_kernel_of_host) and asked in (None, machine.name)
         ]
-        tells = {tell for tell, _ in near}
-        if tells == {tell_missing} and any(machine.kind == "binfmt" for _, machine in near):
+        tells = {tell for tell, _, _ in near}
+        if tells == {tell_missing} and any(machine.kind == "binfmt" for _, machine, _ in near):
             return f"offload binfmt register {self.needs.system}"
         if tells == {tell_mode}:
-            return f"offload machine resume {min(machine.name for _, machine in near)}"
+            return f"offload machine resume {min(machine.name for _, machine, _ in near)}"
+        if tells == {tell_fault} and (remedies := sorted({known.remedy for _, _, known in near if known.remedy})):
+            return remedies[0]
+        if not near and asked is None and self.question.on_hurd:
+            return f"declare a machine of kind childhurd that builds for {self.needs.system}: docs/childhurd.md"
+        if (not near or tell_features in tells) and (elsewhere := self._with_features()):
+            return elsewhere
         return "offload machine list"
+
+    def _with_features(self) -> str:
+        """Who has the features, and builds for another system type."""
+        wanted = self.needs.features
+        able = [
+            (machine.name, known.systems[0])
+            for tell, machine, known in self.obstacles
+            if tell is tell_system and wanted and known.systems and wanted.issubset(machine.features)
+        ]
+        if not able:
+            return ""
+        name, system = min(able)
+        return f"{name} has {', '.join(sorted(wanted))}, and builds for {system}: -s {system}"
 
     def to_json(self) -> dict[str, Any]:
         """The decision as JSON types."""
@@ -178,6 +206,7 @@ class Decision:
             "passed_over": dict(self.passed_over),
             "kinds": {machine.name: machine.kind for _, machine, _ in sorted(self.obstacles, key=_by_name)},
             "unrelated": [*self.unrelated],
+            "hint": "" if self.ranked else self._hint(),
         }
 
 
@@ -217,7 +246,7 @@ def _cost(question: Question, machine: Machine, known: MachineFacts) -> _Parts:
         load is not None and threshold is not None and load > threshold,
         known.emulation,
         known.busy >= slots,
-        not (known.started if question.needs.keep_machine else known.running),
+        not (known.started if question.needs.keep_machine or known.stateful else known.running),
         known.busy / slots,
         1 / machine.speed,
         question.needs.environment not in known.environments,

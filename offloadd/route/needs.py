@@ -42,7 +42,7 @@ class Needs:
     packages: frozenset[str] = frozenset()
     """Names of Debian packages that its environment has; a machine without environments must name them among its features."""
     debian: bool = False
-    """Whether it is a Debian package, which nobody builds without an environment."""
+    """Whether it is a Debian package, whose dependencies an environment has, or a childhurd's own apt installs."""
     network: bool = False
     memory_mib: int | None = None
     disk: int | None = None
@@ -70,12 +70,17 @@ class MachineFacts:
     """System type -> why it cannot be built just now."""
     fault: str = ""
     """Why the machine cannot be used at all."""
+    remedy: str = ""
+    """The command that mends that, where there is one."""
     mode: MachineMode = MachineMode.ONLINE
     breaker: Breaker = Breaker()  # noqa: RUF009 - frozen
     running: bool = False
     """Whether a build can begin without a boot: it is no VM, or has a template of which builds get clones."""
-    has_agent: bool = True
-    """Whether it takes builds of ours: not a VM that boots from a disk which somebody else has made."""
+    takes_builds: bool = True
+    """Whether its guests build for us: not those of a disk that somebody else has made, unless it is a childhurd's whose file
+    lets it."""
+    stateful: bool = False
+    """Whether it keeps its disk: builds are done in the machine itself then, as there can be no other on that disk."""
     started: bool = False
     """Whether a VM runs for its user."""
     busy: int = 0

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 
-from offloadd.model.machine import Machine, VmMachine
+from offloadd.model.machine import Childhurd, Machine, VmMachine
 from offloadd.model.quantity import check_clock_holds, format_date, format_duration, format_size
 from offloadd.model.state import MachineMode
+from offloadd.model.system import SYSTEMS
 from offloadd.route.needs import Emulation, MachineFacts, Needs
 
 
 class Question:
     """One request as it is put to each machine."""
 
-    __slots__ = ("_clocks", "needs", "now", "on_vm", "wishes")
+    __slots__ = ("_clocks", "needs", "now", "on_hurd", "on_vm", "wishes")
 
     def __init__(self, needs: Needs, now: float) -> None:
         self.needs = needs
         self.now = now
+        self.on_hurd = needs.system in _HURD
         self.on_vm = needs.date is not None or needs.cpu is not None or needs.kernel is not None
         count = len(needs.prefer)
         self.wishes = {word: place - count for place, word in reversed(list(enumerate(needs.prefer)))}
@@ -40,6 +42,9 @@ class Question:
 
 
 Tell = Callable[[Question, Machine, MachineFacts], str]
+_HURD = frozenset(name for name, system in SYSTEMS.items() if system.kernel == "gnu")
+_NO_ENVIRONMENTS = ("ssh", "childhurd")
+"""Kinds of machines that build with what they have; only their owners know what that is."""
 UNSEEN = MachineFacts(systems=())
 """What is known of a machine of which nothing is."""
 
@@ -56,16 +61,15 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
     if needs.system in known.missing:
         return tell_missing
     if needs.system not in known.systems:
-        return tell_system
+        return tell_kernel_of_host if question.on_hurd and machine.kind == "binfmt" else tell_system
     if known.fault:
-        return _tell_fault
-    if not known.has_agent:
-        return _tell_no_agent
+        return tell_fault
+    if not known.takes_builds:
+        return _tell_takes_none
     if needs.features and not needs.features.issubset(machine.features):
-        return _tell_features
-    # A remote host builds with what it has; only its owner knows what that is.
-    if machine.kind == "ssh" and (needs.debian or not needs.packages.issubset(machine.features)):
-        return _tell_no_environment
+        return tell_features
+    if machine.kind in _NO_ENVIRONMENTS and (tell := _lacks_packages(needs, machine)):
+        return tell
     if question.on_vm and (tell := _cannot_choose(question, machine, known)):
         return tell
     if needs.keep_machine and not _is_vm(type(machine)):
@@ -81,12 +85,25 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
     return None
 
 
+def _lacks_packages(needs: Needs, machine: Machine) -> Tell | None:
+    if not needs.packages.issubset(machine.features):
+        return _tell_no_environment
+    if needs.debian and machine.kind != "childhurd":
+        return _tell_no_environment
+    # Of two systems that run on the Hurd, its file says which one it is.
+    if needs.debian and "guix" in machine.features and "debian" not in machine.features:
+        return _tell_no_apt
+    return None
+
+
 def _cannot_choose(question: Question, machine: Machine, known: MachineFacts) -> Tell | None:
     """Date, CPU and kernel are a VM's."""
     if not _is_vm(type(machine)):
         return _tell_no_vm
     if question.needs.date is not None and question.clock_fault(machine):
         return _tell_clock
+    if question.needs.date is not None and known.stateful:
+        return _tell_own_clock
     if question.needs.kernel is not None and known.kernel and not _begins(known.kernel, question.needs.kernel):
         return _tell_kernel
     return None
@@ -146,18 +163,24 @@ def tell_system(question: Question, machine: Machine, known: MachineFacts) -> st
     return f"builds {', '.join(known.systems) or 'nothing'}, not {question.needs.system}"
 
 
-def _tell_fault(question: Question, machine: Machine, known: MachineFacts) -> str:
+def tell_kernel_of_host(question: Question, machine: Machine, known: MachineFacts) -> str:
+    return "GNU/Hurd is another kernel: qemu-user runs only Linux programs"
+
+
+def tell_fault(question: Question, machine: Machine, known: MachineFacts) -> str:
     return known.fault
 
 
-def _tell_no_agent(question: Question, machine: Machine, known: MachineFacts) -> str:
+def _tell_takes_none(question: Question, machine: Machine, known: MachineFacts) -> str:
     assert isinstance(machine, VmMachine)
+    if isinstance(machine, Childhurd):
+        return "takes no builds (`offloading: false` in its file)"
     daemons = " and ".join(f"{daemon}-daemon" for daemon in machine.daemons)
     takes = f"only builds of {daemons} go there" if daemons else "no builds of ours go there"
     return f"boots from a disk of its own ({machine.image}), in which there is no agent of ours: {takes}"
 
 
-def _tell_features(question: Question, machine: Machine, known: MachineFacts) -> str:
+def tell_features(question: Question, machine: Machine, known: MachineFacts) -> str:
     lacking = sorted(question.needs.features.difference(machine.features))
     return f"lacks the {'feature' if len(lacking) == 1 else 'features'} {', '.join(lacking)}"
 
@@ -167,6 +190,10 @@ def _tell_no_environment(question: Question, machine: Machine, known: MachineFac
         return "has no environments, in which Debian packages are built"
     lacking = ", ".join(sorted(question.needs.packages.difference(machine.features)))
     return f"has no environments, and its features do not name {lacking}"
+
+
+def _tell_no_apt(question: Question, machine: Machine, known: MachineFacts) -> str:
+    return "has Guix's packages, not Debian's (`features: [debian]` in its file would say that it has these)"
 
 
 def _tell_no_vm(question: Question, machine: Machine, known: MachineFacts) -> str:
@@ -182,6 +209,10 @@ def _tell_nothing_to_keep(question: Question, machine: Machine, known: MachineFa
 
 def _tell_clock(question: Question, machine: Machine, known: MachineFacts) -> str:
     return question.clock_fault(machine)
+
+
+def _tell_own_clock(question: Question, machine: Machine, known: MachineFacts) -> str:
+    return "keeps its disk, so that builds are done in the machine itself, whose clock is not moved"
 
 
 def _tell_kernel(question: Question, machine: Machine, known: MachineFacts) -> str:

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 
 from offloadd.breaker import Breaker
 from offloadd.errors import NoMachineError
-from offloadd.model.machine import KINDS, BuildVm, EmulatedVm, Machine
+from offloadd.model.machine import KINDS, BuildVm, Childhurd, EmulatedVm, Machine
 from offloadd.model.quantity import check_clock_holds
 from offloadd.model.state import MachineMode
 from offloadd.route import Cost, Decision, Emulation, MachineFacts, Needs, find_route
 
 from .plans import day
 
-X86, ARM, S390 = "x86_64-linux", "aarch64-linux", "s390x-linux"
+X86, ARM, S390, HURD = "x86_64-linux", "aarch64-linux", "s390x-linux", "i586-gnu"
 NOW = 1_700_000_000.0
 MANDATORY: dict[str, dict[str, Any]] = {
     "local": {},
     "binfmt": {},
     "build-vm": {"image": "debian"},
+    "childhurd": {"image": "hurd-guix"},
     "emulated-vm": {"image": "debian", "systems": [ARM]},
     "ssh": {"systems": [X86], "host": "h", "host_key": "ssh-ed25519 AAAA", "private_key": "/k"},
 }
@@ -82,12 +83,60 @@ def test_a_machine_of_which_nothing_is_known_is_passed_over() -> None:
 
 
 def test_a_disk_of_somebody_elses() -> None:
-    known = facts(has_agent=False)
+    known = facts(takes_builds=False)
     own = "boots from a disk of its own (debian), in which there is no agent of ours: "
     assert obstacle(needs(), machine("m", "build-vm"), known) == own + "no builds of ours go there"
     sent = machine("m", "build-vm", daemons=["guix", "nix"])
     assert obstacle(needs(), sent, known) == own + "only builds of guix-daemon and nix-daemon go there"
     assert obstacle(needs(machine="m", keep_machine=True), sent, known).startswith(own)
+
+
+def test_a_childhurd_that_is_its_users_alone() -> None:
+    own = machine("childhurd", "childhurd", offloading=False)
+    told = obstacle(needs(system=HURD), own, facts(HURD, takes_builds=False))
+    assert told == "takes no builds (`offloading: false` in its file)"
+
+
+def test_what_is_not_linux_is_not_for_qemu_user() -> None:
+    binfmt = (machine("binfmt", "binfmt"), facts(ARM, emulation=Emulation.USER))
+    hurd = (machine("childhurd", "childhurd"), facts(HURD, emulation=Emulation.FULL, running=False))
+    local, vm = (machine("local"), facts()), (machine("arm", "emulated-vm"), facts(ARM))
+    decision = route(needs(system=HURD), binfmt, hurd, local, vm)
+    assert names(decision) == ["childhurd"]
+    assert decision.candidates[0].why == "full emulation, has to boot, 1 of 1 slot free"
+    assert decision.passed_over["binfmt"] == "GNU/Hurd is another kernel: qemu-user runs only Linux programs"
+    assert decision.unrelated == ("arm", "local")
+    assert route(needs(system=ARM), binfmt, hurd, local).unrelated == ("childhurd", "local")
+
+
+def test_a_childhurd_builds_with_what_it_has() -> None:
+    plain, known = machine("h", "childhurd"), facts(HURD)
+    guix = machine("h", "childhurd", features=["guix", "gcc", "make"])
+    asked = needs(system=HURD, packages=frozenset({"gcc", "make"}))
+    assert obstacle(asked, plain, known) == "has no environments, and its features do not name gcc, make"
+    assert obstacle(asked, guix, known) == ""
+    debian = needs(system=HURD, debian=True)
+    assert obstacle(debian, plain, known) == ""
+    assert "Guix's packages, not Debian's" in obstacle(debian, guix, known)
+    assert obstacle(debian, machine("h", "childhurd", features=["guix", "debian"]), known) == ""
+
+
+def test_a_childhurd_that_keeps_its_disk_is_built_in() -> None:
+    kept = machine("h", "childhurd", options=["-vga", "none"])
+    known = facts(HURD, running=False, stateful=True)
+    assert "whose clock is not moved" in obstacle(needs(system=HURD, date=day("2020-01-01")), kept, known)
+    assert obstacle(needs(system=HURD, date=day("2020-01-01")), machine("h", "childhurd"), facts(HURD)) == ""
+    for started, why in ((True, "runs"), (False, "has to be started")):
+        found = route(needs(system=HURD), (kept, facts(HURD, running=False, stateful=True, started=started))).candidates[0]
+        assert found.why == f"native, {why}, 1 of 1 slot free"
+        assert found.cost.cold is not started
+
+
+def test_a_hurds_load_is_one_too_high() -> None:
+    def overloaded(load: float) -> bool:
+        return route(needs(system=HURD), (machine("h", "childhurd"), facts(HURD, load=load))).candidates[0].cost.overloaded
+
+    assert (overloaded(1.8), overloaded(1.81)) == (False, True)
 
 
 def test_features() -> None:
@@ -109,7 +158,7 @@ def test_features() -> None:
 )
 def test_only_a_vm_has_another_date_cpu_or_kernel(kind: str, asked: dict[str, Any], words: str) -> None:
     reason = obstacle(needs(**asked), machine("m", kind), facts())
-    assert reason == ("" if kind in ("build-vm", "emulated-vm") else f"is no VM: its {words} cannot be chosen")
+    assert reason == ("" if kind in ("build-vm", "childhurd", "emulated-vm") else f"is no VM: its {words} cannot be chosen")
 
 
 def test_a_date_is_held_by_the_clock_of_the_system_type_and_of_the_machine() -> None:
@@ -335,7 +384,7 @@ def test_as_json() -> None:
     told = route(needs(), *known).to_json()
     assert json.loads(json.dumps(told)) == told
     assert (told["system"], told["machine"], [*told["passed_over"]]) == (X86, "a", ["b", "c"])
-    assert (told["kinds"], told["unrelated"]) == ({"b": "local", "c": "local"}, ["b", "c"])
+    assert (told["kinds"], told["unrelated"], told["hint"]) == ({"b": "local", "c": "local"}, ["b", "c"], "")
     assert told["candidates"] == [
         {
             "machine": "a",
@@ -358,6 +407,7 @@ def test_as_json() -> None:
         "passed_over": {},
         "kinds": {},
         "unrelated": [],
+        "hint": "offload machine list",
     }
 
 
@@ -400,9 +450,28 @@ def test_a_hint_where_one_command_helps() -> None:
     assert refusal(needs(), drained, (machine("a"), facts(ARM))).hint == "offload machine resume b"
 
 
+def test_a_hint_for_the_hurd() -> None:
+    binfmt, local = (machine("binfmt", "binfmt"), facts(ARM)), (machine("local"), facts())
+    set_up = "offload image set hurd-guix FILE-OR-URL"
+    empty = facts(HURD, fault="its image hurd-guix is not set up", remedy=set_up)
+    error = refusal(needs(system=HURD), binfmt, local, (machine("childhurd", "childhurd"), empty))
+    assert error.hint == set_up
+    assert "childhurd: its image hurd-guix is not set up\n" in error.detail
+    error = refusal(needs(system="x86_64-gnu"), binfmt, local, (machine("childhurd", "childhurd"), empty))
+    assert error.hint == "declare a machine of kind childhurd that builds for x86_64-gnu: docs/childhurd.md"
+
+
+def test_a_hint_to_who_has_the_feature() -> None:
+    hurd = (machine("childhurd", "childhurd", features=["guix"]), facts(HURD))
+    local, binfmt = (machine("local"), facts()), (machine("b", "binfmt"), facts(missing={X86: "this host runs it by itself"}))
+    asked = needs(features=frozenset({"guix"}))
+    assert refusal(asked, hurd, local, binfmt).hint == "childhurd has guix, and builds for i586-gnu: -s i586-gnu"
+    assert refusal(asked, local, binfmt).hint == "offload machine list"
+
+
 # Properties: whatever the machines are and whatever is asked
 
-SYSTEMS = ["i686-linux", X86, ARM, S390]
+SYSTEMS = ["i686-linux", X86, ARM, S390, HURD]
 KERNELS = ["", "6.1.0", "6.10.3", "5.10.1"]
 DATES = [None, None, None, day("2020-01-01"), day("2050-01-01"), day("2100-01-01")]
 FEATURES = st.frozensets(st.sampled_from(["kvm", "big", "gpu"]), max_size=2)
@@ -419,6 +488,8 @@ def machines_of(draw: st.DrawFn, name: str) -> Machine:
         "speed": draw(st.sampled_from([0.2, 1.0, 2.0])),
         "overload-threshold": draw(st.sampled_from([None, 0.8])),
     }
+    if kind == "childhurd":
+        fields |= {"memory-size": draw(st.sampled_from([1024, 4096]))}
     if kind in ("build-vm", "emulated-vm"):
         fields |= {"memory-size": draw(st.sampled_from([1024, 4096])), "date": None}
         systems = [[X86], ["i686-linux", X86]] if kind == "build-vm" else [[ARM], [S390], [ARM, "armhf-linux"]]
@@ -436,6 +507,7 @@ FACTS = st.builds(
     breaker=BREAKERS,
     running=st.booleans(),
     started=st.booleans(),
+    stateful=st.sampled_from([False, False, True]),
     busy=st.integers(0, 4),
     load=st.sampled_from([None, 0.1, 3.0]),
     memory_mib=st.sampled_from([None, 1024, 4096]),
@@ -470,7 +542,7 @@ def parks(draw: st.DrawFn) -> Park:
 
 def lacks(asked: Needs, what: Machine, known: MachineFacts) -> Iterable[str]:
     """What stands in the issue, one by one, without the router's code."""
-    vm = isinstance(what, (BuildVm, EmulatedVm))
+    vm = isinstance(what, (BuildVm, Childhurd, EmulatedVm))
     if asked.system not in set(known.systems) - set(known.missing):
         yield "system"
     if known.fault:
@@ -493,7 +565,9 @@ def lacks(asked: Needs, what: Machine, known: MachineFacts) -> Iterable[str]:
             yield "kernel"
     if asked.network and not what.network:
         yield "network"
-    memory = what.memory_size if isinstance(what, (BuildVm, EmulatedVm)) else known.memory_mib
+    if asked.date and known.stateful:
+        yield "own clock"
+    memory = what.memory_size if isinstance(what, (BuildVm, Childhurd, EmulatedVm)) else known.memory_mib
     if None not in (asked.memory_mib, memory) and (asked.memory_mib or 0) > (memory or 0):
         yield "memory"
     if None not in (asked.disk, known.disk_free) and (asked.disk or 0) > (known.disk_free or 0):
