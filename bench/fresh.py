@@ -17,6 +17,7 @@ from bench.stock import Stock, open_stock
 from bench.systemd_image import READY
 from bench.ways import Point, Way, go_in_turn, way_rows
 from bench.workplace import Workplace
+from offloadd.daemon.guests import FreshGuest
 from offloadd.nursery import narrow
 from offloadd.process import Progress
 from offloadd.vm.footprint import private_memory
@@ -63,16 +64,26 @@ def _our_ways(stock: Stock, base: Point, footprints: list[int]) -> list[Way]:
             points=(
                 Point(
                     series=Series("our clone, a command"),
-                    what="a clone of our template to the end of its first command, over the agent",
+                    what="a clone that was started ahead, beside a build, to the end of its first command, over the agent",
                     target=1 / 40,
                     limit_s=0.25,
                 ),
+            ),
+            go=partial(_next_clone, stock),
+        ),
+        Way(
+            name="our first clone",
+            points=(
                 Point(
-                    series=Series("our clone, a command over SSH"),
+                    series=Series("our first clone, a command"),
+                    what="a clone for which QEMU has to be started, to the end of its first command, over the agent",
+                ),
+                Point(
+                    series=Series("our first clone, a command over SSH"),
                     what="the same clone given keys and sshd, to the end of `ssh true`",
                 ),
             ),
-            go=partial(_clone, stock, footprints),
+            go=partial(_first_clone, stock, footprints),
         ),
         Way(
             name="our cold boot",
@@ -88,19 +99,31 @@ def _our_ways(stock: Stock, base: Point, footprints: list[int]) -> list[Way]:
     ]
 
 
-async def _clone(stock: Stock, footprints: list[int]) -> Sequence[float]:
+async def _next_clone(stock: Stock) -> Sequence[float]:
+    await stock.until_one_is_started()
+    began = trio.current_time()
+    async with stock.open_next("next") as guest:
+        return [await _command(guest) - began]
+
+
+async def _first_clone(stock: Stock, footprints: list[int]) -> Sequence[float]:
     began = trio.current_time()
     async with stock.open_clone("clone") as guest:
-        status, _ = await guest.agent.run("/bin/true")
-        commanded = trio.current_time() - began
-        if status:
-            raise BenchError(f"`true` ended with status {status}")
+        commanded = await _command(guest) - began
         if size := await trio.to_thread.run_sync(private_memory, guest.instance.record.pid):
             footprints.append(size)
         began_again = trio.current_time()
         login = await stock.admit(guest)
         await time_to_end([*login.ssh, "true"], limit_s=READY_LIMIT_S)
         return commanded, commanded + trio.current_time() - began_again
+
+
+async def _command(guest: FreshGuest) -> float:
+    """Run a command that does nothing; when it has ended."""
+    status, _ = await guest.agent.run("/bin/true")
+    if status:
+        raise BenchError(f"`true` ended with status {status}")
+    return trio.current_time()
 
 
 def _other_ways(stock: Stock) -> list[Way]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench.measure import BenchError, Budget, Row, Series, in_turn
 from bench.workplace import Workplace
 from offloadd.process import Progress
+from offloadd.setup.wrapper import hook_program, wrapper
 
+_REPOSITORY = Path(__file__).resolve().parent.parent
 DECISION_S = 0.150
 _DECIDER = "bench-decider"
 """A machine that nobody logs in to."""
@@ -39,21 +44,25 @@ def measure_decision(place: Workplace, budget: Budget, tell: Progress) -> list[R
     environment = place.env | {
         "OFFLOAD_GUIX": str(real),
         "OFFLOAD_NIX": str(real),
-        "OFFLOAD_SOCKET": str(place.paths.socket),
         "GUIX_CONFIGURATION_DIRECTORY": str(place.folder),
         "TMPDIR": str(place.folder),
     }
     ways = {
-        "guix-hook": (["guix-hook", "offload", "x86_64-linux", "3600", "false", "86400"], _guix_request()),
-        "nix-hook": (["nix-hook", "3"], _nix_request()),
+        "guix-hook": (["offload", "x86_64-linux", "3600", "false", "86400"], _guix_request()),
+        "nix-hook": (["3"], _nix_request()),
     }
+    commands = {}
+    for name, (arguments, _) in ways.items():
+        hook = place.folder / name
+        hook.write_bytes(hook_text(place, name, sys.executable))
+        hook.chmod(0o755)
+        commands[name] = [str(hook), *arguments]
     series = {name: Series(f"offload {name}") for name in ways}
-    for arguments, request in ways.values():
-        _time_decision([*place.offload, *arguments], request, environment)  # compiles what has changed since the last time
+    for name, (_, request) in ways.items():
+        _time_decision(commands[name], request, environment)  # compiles what has changed since the last time
     for number in budget.rounds():
         for name in in_turn(number, *ways):
-            arguments, request = ways[name]
-            series[name].seconds.append(_time_decision([*place.offload, *arguments], request, environment))
+            series[name].seconds.append(_time_decision(commands[name], ways[name][1], environment))
     compares = (
         "from the start of the hook to its `# accept`: Python, our daemon's answer, and a real program that accepts at once"
     )
@@ -61,6 +70,13 @@ def measure_decision(place: Workplace, budget: Budget, tell: Progress) -> list[R
         Row(name=f"decision of {name}", compares=compares, ours=times, relation="time", target=DECISION_S)
         for name, times in series.items()
     ]
+
+
+def hook_text(place: Workplace, name: str, python: str) -> bytes:
+    """The program that `offload guix setup` and `offload nix setup` write, for the daemon of `place`."""
+    program = hook_program(name, python, _REPOSITORY / "cli/offload_cli/entry.py", _REPOSITORY / "offloadd")
+    environment = {"OFFLOAD_SOCKET": str(place.paths.socket), "OFFLOAD_SOCKET_OWNER": str(os.geteuid())}
+    return wrapper(program, environment, ["/nonexistent"])
 
 
 def _time_decision(command: Sequence[str], request: bytes, environment: dict[str, str]) -> float:

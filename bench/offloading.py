@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from bench.hooks import hook_text
 from bench.measure import BenchError, Budget, Row, Series, in_turn
 from bench.workplace import Workplace, free_ports
 from offloadd.errors import OffloadError
@@ -201,11 +202,9 @@ def _open_bench(place: Workplace) -> Iterator[Bench]:
 
 
 def _install_hook(node: Node, place: Workplace, name: str) -> str:
-    """As `offload guix setup` does, for an interpreter that has nothing but its own library."""
+    """For the node's own interpreter, which has nothing but its own library."""
     file = f"/opt/{name}"
-    variables = f"PYTHONPATH={REPOSITORY}:{REPOSITORY}/cli OFFLOAD_SOCKET={place.paths.socket}"
-    program = "from offload_cli.entry import main; main()"
-    node.install(file, f'#!/bin/sh\n{variables} exec /usr/bin/python3 -c "{program}" {name} "$@"\n', mode=0o755)
+    node.install(file, hook_text(place, name, "/usr/bin/python3"), mode=0o755)
     return file
 
 

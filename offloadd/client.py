@@ -131,7 +131,14 @@ class Client:
         finally:
             connection.close()
 
+    def get_bytes(self, path: str) -> bytes:
+        """What is no JSON; small enough for the memory."""
+        return self._ask("GET", path, None)
+
     def _request(self, method: str, path: str, body: Body = None) -> Any:
+        return json.loads(self._ask(method, path, body))
+
+    def _ask(self, method: str, path: str, body: Body) -> bytes:
         try:
             with self._open(method, path, body) as response:
                 data = response.read()
@@ -139,7 +146,7 @@ class Client:
             raise DaemonError(f"does not answer: {exc}", subject="offloadd", hint="offload daemon status") from exc
         if response.status >= 400:
             raise _error(response.status, data)
-        return json.loads(data)
+        return data
 
     def stream(self, method: str, path: str, *, body: Any = None, quiet_s: float | None = None) -> Iterator[Json]:
         """The events of an answer in JSON lines, as they come.

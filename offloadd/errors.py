@@ -153,6 +153,10 @@ class BootError(TransientError):
     """A machine did not come up; `detail` holds its console's last lines."""
 
 
+class RebootedError(BootError):
+    """It rebooted instead: it may come up at the next try."""
+
+
 class SshError(TransientError):
     """The SSH channel into a guest could not be made or broke."""
 

@@ -9,14 +9,14 @@ import sys
 def main() -> None:
     """Entry point."""
     if len(sys.argv) > 1 and sys.argv[1] in ("guix-hook", "nix-hook") and sys.argv[2:] not in (["--help"], ["-h"]):
-        _be_hook(sys.argv[1], sys.argv[2:])
+        be_hook(sys.argv[1], sys.argv[2:])
     from offload_cli.main import main as command_line
 
     command_line()
 
 
-def _be_hook(which: str, arguments: list[str]) -> None:
-    """Never returns."""
+def be_hook(which: str, arguments: list[str]) -> None:
+    """Run `guix-hook` or `nix-hook`; never returns."""
     if which == "guix-hook":
         from offloadd.hook.guix import run
     else:

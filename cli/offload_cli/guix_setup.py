@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from offloadd.setup.guix import Guest
     from offloadd.setup.journal import Journal
     from offloadd.setup.steps import Step
-    from offloadd.setup.wrapper import Program
 
 _MACHINES = typer.Argument(
     None, metavar="MACHINE...", autocompletion=machine_names, help="By default all that take its builds."
@@ -240,29 +238,14 @@ def _guix_steps(folder: Path, guests: Sequence[Guest], door: Door | None) -> lis
 
 def _wrapper(command: str, socket: Path, instead: Sequence[str]) -> bytes:
     """What runs our hook, which asks the daemon that listens there; `instead` where that cannot be run."""
-    from offloadd.setup.wrapper import wrapper
-
-    # The build daemon's user may be another one than ours.
-    environment = {"OFFLOAD_SOCKET": str(socket), "OFFLOAD_SOCKET_OWNER": str(os.geteuid())}
-    return wrapper(_program(command), environment, instead)
-
-
-def _program(command: str) -> Program:
-    """This very command line: as it is installed, or where its source is."""
     import offload_cli.entry
     import offloadd
-    from offloadd.setup.wrapper import Program
+    from offloadd.setup.wrapper import hook_program, wrapper
 
-    script = shutil.which(sys.argv[0]) if Path(sys.argv[0]).name == "offload" else None
-    if script:
-        path = str(Path(script).absolute())
-        return Program(argv=[path, command], executables=[path, sys.executable])
-    # Not by PYTHONPATH, which the real program would inherit; -P: what lies where a build daemon works is no module.
-    entry, package = Path(offload_cli.entry.__file__), Path(offloadd.__path__[0])
-    roots = [str(package.parent), str(entry.parents[1])]
-    code = f"import sys; sys.path[:0] = {roots!r}; from offload_cli.entry import main; main()"
-    argv = [sys.executable, "-P", "-c", code, command]
-    return Program(argv=argv, executables=[sys.executable], sources=[str(entry), str(package / "hook/relay.py")])
+    program = hook_program(command, sys.executable, Path(offload_cli.entry.__file__), Path(offloadd.__path__[0]))
+    # The build daemon's user may be another one than ours.
+    environment = {"OFFLOAD_SOCKET": str(socket), "OFFLOAD_SOCKET_OWNER": str(os.geteuid())}
+    return wrapper(program, environment, instead)
 
 
 def _set_up(steps: Sequence[Step], journal: Journal, *, dry_run: bool, as_json: bool) -> None:

@@ -99,12 +99,12 @@ def _machines(found: Iterable[FoundOffer], file: str) -> list[SshMachine]:
 
 
 def _declared(machine: SshMachine, known: Iterable[Machine]) -> bool:
-    from offloadd.model.machine import SSH_PORT, SshMachine, VmMachine
+    from offloadd.model.machine import SshMachine, VmMachine
 
     for other in known:
         if isinstance(other, SshMachine) and (other.host, other.port, other.user) == (machine.host, machine.port, machine.user):
             return True
-        if isinstance(other, VmMachine) and machine.host in _LOOPBACK and other.port_forwardings.get(machine.port) == SSH_PORT:
+        if isinstance(other, VmMachine) and machine.host in _LOOPBACK and other.ssh_forward == machine.port:
             return True
     return False
 

@@ -11,7 +11,22 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from offload_cli import binfmt, builds, daemon, doctor, environments, guix, hooks, images, machine, nix, quirks, templates, vm
+from offload_cli import (
+    binfmt,
+    builds,
+    daemon,
+    doctor,
+    environments,
+    guix,
+    hooks,
+    images,
+    machine,
+    nix,
+    quirks,
+    secrets,
+    templates,
+    vm,
+)
 from offload_cli.build import build
 from offload_cli.route import route
 from offload_cli.terminal import say, say_error
@@ -59,6 +74,7 @@ app.add_typer(environments.app, name="env")
 app.add_typer(templates.app, name="template")
 app.add_typer(machine.app, name="machine")
 app.add_typer(vm.app, name="vm")
+app.add_typer(secrets.app, name="secrets")
 app.add_typer(binfmt.app, name="binfmt")
 app.add_typer(guix.app, name="guix")
 app.add_typer(nix.app, name="nix")

@@ -77,7 +77,7 @@ def breaker_text(breaker: Mapping[str, Any]) -> str:
 
 def _notes(row: Mapping[str, Any], width: int) -> Iterable[str]:
     """What is wrong, each in a line that begins with the machine's name."""
-    texts = [row["fault"]] if row["fault"] else _missing_texts(row["missing"])
+    texts = [": ".join(filter(None, (row["fault"], row["remedy"])))] if row["fault"] else _missing_texts(row["missing"])
     if row["breaker"]["state"] != "closed":
         texts = [f"breaker {breaker_text(row['breaker'])}: offload machine resume {row['name']}", *texts]
     for text in texts:
@@ -101,6 +101,7 @@ def machine_page(machine: Mapping[str, Any], now: float) -> str:
         ("mode", str(machine["mode"])),
         ("state", _state_line(machine, now)),
         ("wrong", str(machine["fault"])),
+        ("to do", str(machine["remedy"])),
         ("breaker", breaker_text(machine["breaker"])),
         ("systems", ", ".join(name for name in machine["systems"] if name not in machine["missing"]) or "none now"),
         ("slots", f"{machine['busy']} of {machine['slots']} busy"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from offload_cli import screen
 from offload_cli.complete import vm_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import machine_text, machines_table, short_path
@@ -217,3 +218,6 @@ def _print_log(path: Path) -> None:
     else:
         sys.stdout.flush()
         os.write(sys.stdout.fileno(), text) if len(text) < 4096 else sys.stdout.buffer.write(text)
+
+
+screen.add_to(app)

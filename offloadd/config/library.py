@@ -6,6 +6,7 @@ one, where it may have the same name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,12 @@ class Library:
     folders: dict[str, Path]
 
     def machine(self, name: str) -> Machine:
-        return _find(self.machines, name, "machine")
+        return _find(self.machines, self._alias(name), "machine")
+
+    def _alias(self, name: str) -> str:
+        """Guix calls each childhurd hurd-vm too."""
+        other = re.sub(r"^hurd-vm(?=\d*$)", "childhurd", name)
+        return other if name not in self.machines and other in self.machines else name
 
     def vm(self, name: str) -> VmMachine:
         """A machine that is a VM.

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from offloadd.config.library import Library, load_library
+from offloadd.errors import ConfigError
 
 _Signature = tuple[tuple[str, int, int, int], ...]
 """Path, time of change, size and inode of each file."""
@@ -32,6 +33,19 @@ class Shelf:
             newest = max((changed for _, changed, _, _ in signature), default=0)
             self._seen = signature if time.time_ns() - newest > self._FRESH_NS else None
         return self._library
+
+    def last_right(self) -> Library:
+        """The library; while one of its files is wrong, what was declared before that.
+
+        Raises:
+            ConfigError: there was nothing before.
+        """
+        try:
+            return self.library()
+        except ConfigError:
+            if self._library is None:
+                raise
+            return self._library
 
     def _sign(self) -> _Signature:
         paths = [path for folder in self._folders for kind in ("images", "machines") for path in (folder / kind).glob("*.yaml")]

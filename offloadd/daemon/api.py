@@ -25,6 +25,8 @@ from offloadd.daemon.doors import Doors
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
 from offloadd.daemon.offer_routes import add_offer_routes
 from offloadd.daemon.offload_routes import add_offload_routes
+from offloadd.daemon.screen_routes import add_screen_routes
+from offloadd.daemon.secret_routes import add_secret_routes
 from offloadd.daemon.service import Service
 from offloadd.daemon.templates import check_wanted, make_template, remove_template, template_rows
 from offloadd.daemon.trial import Trial
@@ -66,6 +68,8 @@ def make_api(service: Service, doors: Doors) -> FastAPI:
     _add_modes(api, service)
     add_offer_routes(api, service)
     add_offload_routes(api, service)
+    add_secret_routes(api, service)
+    add_screen_routes(api, service)
     _add_doors(api, doors)
     _add_images(api, service)
     _add_environments(api, service)

@@ -13,11 +13,12 @@ from typing import Any
 import structlog
 import trio
 
+from offloadd.daemon.active import ActiveBuild
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.own_fault import own_fault
-from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.perform import Performer
 from offloadd.daemon.pool import Pool
 from offloadd.daemon.work import check_kept, choose_system, find_needs
 from offloadd.daemon.workshop import Workshop

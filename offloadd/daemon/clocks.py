@@ -9,15 +9,13 @@ from typing import Any
 
 import trio
 
-from offloadd.daemon.machines import RunningMachine
 from offloadd.daemon.service import Service
-from offloadd.errors import AgentError, OffloadError, ProtocolError
-from offloadd.guest.ssh import open_ssh
-from offloadd.model.machine import SSH_PORT, BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.errors import AgentError, OffloadError
+from offloadd.model.machine import BinfmtMachine, Childhurd, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration
 from offloadd.model.state import MachineMode
 from offloadd.nursery import open_narrow_nursery
-from offloadd.place.probe import MAX_TIME, Probe, probe_ssh
+from offloadd.place.probe import Probe, probe_ssh
 from offloadd.place.vm import AgentShell
 
 LIMIT_S = 10.0
@@ -93,13 +91,15 @@ async def _ask_guest(service: Service, name: str) -> _Answer:
     if running is None or running.instance is None:
         return None, None
     clock = running.instance.record.clock
+    if isinstance(running.declared, Childhurd) and not running.declared.offloading:
+        return clock(), None  # it has no account for us
+    if running.guest is None:
+        said = await service.survey.probes.ask_guest(running)
+        return clock(), _shown(said) if isinstance(said, Probe) else said
     answer: _Shown | OffloadError = AgentError(f"does not answer within {format_duration(LIMIT_S)}", subject=name)
     with trio.move_on_after(LIMIT_S):
         try:
-            if running.guest is not None:
-                answer = _shown(await probe_ssh(AgentShell(running.guest), name, clock))
-            else:
-                answer = await _ask_date(service, running)
+            answer = _shown(await probe_ssh(AgentShell(running.guest), name, clock))
         except OffloadError as exc:
             answer = exc
     return clock(), answer
@@ -107,16 +107,3 @@ async def _ask_guest(service: Service, name: str) -> _Answer:
 
 def _shown(probe: Probe) -> _Shown:
     return _Shown(probe.clock_offset_s, probe.load)
-
-
-async def _ask_date(service: Service, running: RunningMachine) -> _Shown:
-    """The same from a guest without our agent, of which no more is known than that one can log in."""
-    assert running.instance is not None
-    assert running.secrets is not None
-    async with open_ssh(service.workshop.bridge, running.instance.port(SSH_PORT), running.secrets) as guest:
-        status, output = await guest.run("date +%s")
-    text = output.strip()
-    if status or len(text) > len(str(MAX_TIME)) or not text.isdigit() or int(text) > MAX_TIME:
-        raise ProtocolError("does not know what time it is", subject=running.name)
-    # Whole seconds are half a second late on average.
-    return _Shown(round(int(text) + 0.5 - running.instance.record.clock(), 3), None)

@@ -23,7 +23,7 @@ from offloadd.errors import (
     ProtocolError,
     SshError,
 )
-from offloadd.model.machine import Machine, SshMachine
+from offloadd.model.machine import Machine, SshMachine, VmMachine
 from offloadd.model.system import nearest
 from offloadd.route import Decision, Emulation, Needs, find_route
 
@@ -72,12 +72,14 @@ class Dispatcher:
                 known = [*library.machines, *kinds]
                 raise NotFoundError(f"no machine or kind is called {word!r}", subject="--prefer", hint=nearest(word, known))
 
-        def worth(machine: SshMachine) -> bool:
+        def worth(machine: Machine) -> bool:
             """Only who could be chosen is asked: a host that is dead costs those builds alone that it would have taken."""
+            if isinstance(machine, VmMachine) and machine.volatile and not needs.keep_machine:
+                return False  # the build gets a guest of its own, of which nobody knows the load
             if needs.machine is not None:
                 return machine.name == needs.machine
             wants_vm = needs.keep_machine or (needs.date, needs.cpu, needs.kernel) != (None, None, None)
-            return needs.system in machine.systems and not needs.debian and not wants_vm
+            return needs.system in machine.systems and (not isinstance(machine, SshMachine) or not (needs.debian or wants_vm))
 
         facts = await self._survey.facts(library.machines, worth=worth)
         facts |= {name: replace(facts[name], fault="it has failed this build already") for name in without if name in facts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
+import trio
 
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
@@ -22,17 +23,20 @@ from offloadd.errors import (
     NotAllowedError,
     OffloadError,
     ProtocolError,
+    RebootedError,
     UnsavableError,
 )
-from offloadd.guest.agent import Agent
-from offloadd.guest.open import install_secrets, open_guest, personalize
-from offloadd.model.machine import VmMachine
+from offloadd.guest.agent import Agent, open_agent
+from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, wake
+from offloadd.guest.ssh import Guest
+from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.model.quantity import format_duration
 from offloadd.place.warm_up import warm_up
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
 from offloadd.template.freeze import Workbench, freeze
 from offloadd.template.key import TemplateKey, plan_template, template_key
-from offloadd.vm.instance import Instance, open_instance
+from offloadd.vm.instance import Instance, open_instance, open_paused_instance
 from offloadd.vm.memory import SavedGuest
 from offloadd.vm.record import Purpose
 
@@ -46,6 +50,9 @@ KEEP_TEMPLATES_S = 30 * 24 * 3600.0
 MAX_TEMPLATES = 60
 """and those used longest ago where there are more; each takes some 150 MB."""
 
+REBOOT_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Before a childhurd that rebooted instead of taking its secrets is started again, each time."""
+
 log = structlog.get_logger()
 
 
@@ -58,6 +65,15 @@ class FreshGuest:
     origin: Origin
     environment: Path | None = None
     """Its disk, which the guest has mounted at `place.vm.MOUNTED`; None: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SshGuest:
+    """A guest that others have made, and that we are logged in to."""
+
+    instance: Instance
+    shell: Guest | None
+    """None: it has no account for us."""
 
 
 @asynccontextmanager
@@ -76,12 +92,36 @@ async def open_fresh(
     Raises:
         BootError, AgentError, ProtocolError, MachineLostError, HostError.
     """
-    opened = open_instance(
+    if saved is None:
+        opened = open_instance(
+            plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose=purpose
+        )
+        async with opened as instance, open_guest(instance, lambda text: tell(text, None)) as agent:
+            await personalize(instance, agent)
+            yield FreshGuest(instance=instance, agent=agent, origin="boot")
+        return
+    async with open_paused_clone(shop, plan, saved, cores=cores, logs=logs, purpose=purpose) as guest:
+        await guest.instance.let_go()
+        await wake(guest.instance, guest.agent, lambda text: tell(text, None))
+        yield guest
+
+
+@asynccontextmanager
+async def open_paused_clone(
+    shop: Workshop, plan: VmPlan, saved: SavedGuest, *, cores: Sequence[int], logs: Path | None, purpose: Purpose
+) -> AsyncIterator[FreshGuest]:
+    """A guest that stands where the template was saved, its siblings' twin: to be let go, and then to be woken.
+
+    Raises:
+        BootError, AgentError, MachineLostError, HostError.
+    """
+    started = open_paused_instance(
         plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose=purpose, memory=saved
     )
-    async with opened as instance, open_guest(instance, lambda text: tell(text, None)) as agent:
-        await personalize(instance, agent)
-        yield FreshGuest(instance=instance, agent=agent, origin="boot" if saved is None else "clone")
+    # Connected first, as the one that was saved was: a guest that finds it otherwise is told, and looks after its port.
+    async with started as instance, open_agent(instance.files.agent, instance.name) as agent:
+        await instance.take_over(saved)
+        yield FreshGuest(instance=instance, agent=agent, origin="clone")
 
 
 @dataclass
@@ -114,20 +154,57 @@ class Guests:
             yield guest
 
     @asynccontextmanager
-    async def open_bare(self, plan: VmPlan, tell: Progress, *, logs: Path, purpose: Purpose) -> AsyncIterator[Instance]:
-        """A guest that boots from a disk of its own, without our agent; it has no secrets yet.
+    async def open_by_ssh(
+        self,
+        plan: VmPlan,
+        machine: VmMachine,
+        tell: Progress,
+        *,
+        logs: Path,
+        purpose: Purpose,
+        booted: Callable[[Instance], None] = lambda instance: None,
+    ) -> AsyncIterator[SshGuest]:
+        """A guest that boots from a disk of its own, without our agent, for the length of the block.
 
+        A childhurd that got no secrets reboots: it is started again, after a pause that grows.
+
+        Args:
+            booted: is given each instance as soon as it runs.
         Raises:
-            BootError, HostError, PortTakenError: QEMU did not start.
+            BootError, HostError, PortTakenError: QEMU did not start; the guest did not come up, or rebooted too often.
+            ConfigError: a file of its secret root cannot be sent.
+            ProtocolError, SshError: it is not the guest that it should be.
         """
-        tell(f"booting {plan.machine}", None)
-        shop = self.shop
-        with shop.cores.share(plan.cpu_count) as cores:
-            opened = open_instance(
+        pauses = REBOOT_PAUSES_S if isinstance(machine, Childhurd) else ()
+        shop, secrets = self.shop, self.shop.secrets(machine)
+
+        async def boot(stack: AsyncExitStack) -> SshGuest:
+            tell(f"booting {plan.machine}", None)
+            cores = stack.enter_context(shop.cores.share(plan.cpu_count))
+            started = open_instance(
                 plan, instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores, purpose=purpose
             )
-            async with opened as instance:
-                yield instance
+            instance = await stack.enter_async_context(started)
+            booted(instance)
+            admitted = open_by_ssh(instance, secrets, shop.bridge, lambda text: tell(text, None))
+            return SshGuest(instance=instance, shell=await stack.enter_async_context(admitted))
+
+        async with AsyncExitStack() as stack:
+            for pause in (*pauses, None):
+                async with AsyncExitStack() as attempt:
+                    try:
+                        guest = await boot(attempt)
+                    except RebootedError as exc:
+                        if not pauses:
+                            raise
+                        if pause is None:
+                            raise _reboots_always(exc, machine) from exc
+                    else:
+                        stack.push_async_exit(attempt.pop_all())
+                        break
+                tell(f"it rebooted before it was ready: starting it again in {format_duration(pause or 0)}", None)
+                await trio.sleep(pause or 0)
+            yield guest
 
     async def equip(self, guest: FreshGuest, machine: VmMachine) -> None:
         """Give a build's guest what its machine's file names."""
@@ -203,6 +280,12 @@ class Guests:
                 raise
         # Each date may want a CPU of its own: what was made once must not lie there for ever.
         await shop.templates.drop_old(KEEP_TEMPLATES_S, MAX_TEMPLATES)
+
+
+def _reboots_always(last: RebootedError, machine: VmMachine) -> BootError:
+    what = f"rebooted {len(REBOOT_PAUSES_S) + 1} times before anybody could log in"
+    hint = f"it does that when it gets no secrets that it understands: offload secrets show {machine.name}"
+    return BootError(what, subject=last.subject, detail=last.detail, hint=hint)
 
 
 def _note(machine: VmMachine, what: str, tell: Progress) -> None:

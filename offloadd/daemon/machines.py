@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -25,11 +26,12 @@ from offloadd.errors import (
     OffloadError,
 )
 from offloadd.guest.agent import Agent
-from offloadd.guest.open import admit_users, install_secrets, open_guest, personalize, start_sshd
+from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, start_sshd
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
-from offloadd.model.machine import VmMachine
+from offloadd.model.machine import Childhurd, VmMachine
 from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
+from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress, host_error, silent
 from offloadd.vm.instance import Instance, adopt_instance
 from offloadd.vm.record import InstanceRecord, read_record
@@ -100,6 +102,17 @@ class Machines:
         found = self._running.get(name)
         return found if found and found.ready else None
 
+    def instance(self, name: str) -> Instance:
+        """The QEMU of a machine that runs, ready or not.
+
+        Raises:
+            NotFoundError: it does not run.
+        """
+        found = self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
+        if found is None or found.instance is None:
+            raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
+        return found.instance
+
     def declared(self) -> dict[str, VmMachine]:
         """Those that run, as they were when they were started: their files may be gone or wrong by now."""
         return {name: running.declared for name, running in self._running.items() if running.declared is not None}
@@ -113,6 +126,7 @@ class Machines:
         if self._closed:
             raise DaemonError("the daemon is being stopped", subject=name, hint="try again in a moment")
         machine = self._workshop.library().vm(name)
+        name = machine.name  # it may have been asked for by another one
         running = self._running.get(name)
         if running is None:
             running = self._running[name] = RunningMachine(name, machine)
@@ -130,10 +144,11 @@ class Machines:
         Raises:
             NotFoundError: it does not run.
         """
-        running = self._running.get(name)
+        # By its own name also when its file is gone or wrong by now.
+        running = self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
         if running is None:
-            self._workshop.library().vm(name)
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
+        name = running.name
         self._move(name, MachineState.STOPPING)
         if running.instance is not None and running.was_ready:
             await running.instance.stop()
@@ -175,11 +190,10 @@ class Machines:
         shop = self._workshop
         plan = await shop.plan(machine, shop.library(), running.tell)
         running.secrets = shop.secrets(machine)
-        logs = self._log_folder(machine.name)
         if not plan.boot.has_agent:
-            async with self._guests.open_bare(plan, running.tell, logs=logs, purpose="machine") as running.instance:
-                await self._serve_bare(running, running.instance)
+            await self._own_bare(running, machine, plan)
             return
+        logs = self._log_folder(machine.name)
         async with self._guests.open(plan, machine, running.tell, logs=logs, purpose="machine") as guest:
             running.instance = guest.instance
             await self._open_to_users(running, guest.agent)
@@ -212,11 +226,38 @@ class Machines:
                 if not running.was_ready or not await _ends_soon(instance):
                     raise
 
-    async def _serve_bare(self, running: RunningMachine, instance: Instance, *, adopted: bool = False) -> None:
-        """The same for a guest without an agent: from the moment that one can log in, until its end."""
+    async def _own_bare(self, running: RunningMachine, machine: VmMachine, plan: VmPlan) -> None:
+        """The same for a guest without an agent: from the moment that one can log in, until its end.
+
+        A childhurd that reboots is started again.
+        """
+        reboots = True
+        while reboots:
+            logs = self._log_folder(machine.name)
+            opened = self._guests.open_by_ssh(
+                plan, machine, running.tell, logs=logs, purpose="machine", booted=partial(setattr, running, "instance")
+            )
+            async with opened as guest:
+                await self._be_ready(running, guest.instance, None)
+            reboots = self._starts_again(running, machine, guest.instance)
+
+    def _starts_again(self, running: RunningMachine, machine: VmMachine, instance: Instance) -> bool:
+        """Whether it has ended by a reboot of its guest's, which QEMU makes its end."""
+        rebooted = instance.outcome is not None and instance.outcome.rebooted
+        if not rebooted or not isinstance(machine, Childhurd):
+            return False
+        log.info("machine reboots", machine=running.name)
+        self._move(running.name, MachineState.STOPPED_BY_GUEST, "rebooted from inside the guest")
+        self._move(running.name, MachineState.STARTING)
+        running.was_ready = False
+        return True
+
+    async def _serve_adopted(self, running: RunningMachine, instance: Instance) -> None:
+        """What an earlier daemon has started, without an agent."""
         assert running.secrets is not None
         if not running.was_ready:
-            await admit_users(instance, running.secrets, self._workshop.bridge, running.tell, adopted=adopted)
+            async with open_by_ssh(instance, running.secrets, self._workshop.bridge, running.tell, adopted=True):
+                pass
         await self._be_ready(running, instance, None)
 
     async def _be_ready(self, running: RunningMachine, instance: Instance, agent: Agent | None) -> None:
@@ -305,7 +346,10 @@ class Machines:
                     if record.plan.boot.has_agent:
                         await self._serve(running, running.instance, fresh=fresh)
                     else:
-                        await self._serve_bare(running, running.instance, adopted=True)
+                        await self._serve_adopted(running, running.instance)
+                instance, machine = running.instance, running.declared
+                if machine is not None and self._starts_again(running, machine, instance):
+                    await self._boot_and_wait(running, machine)
         except OffloadError as exc:
             running.error = exc
         except OSError as exc:

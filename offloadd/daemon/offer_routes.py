@@ -21,6 +21,7 @@ def add_offer_routes(api: FastAPI, service: Service) -> None:
     @api.get("/v1/offers")
     async def all_offers(daemon: BuildDaemon | None = None) -> list[dict[str, Any]]:
         """The machines that take builds of guix-daemon or nix-daemon, of any or of that one, running or not."""
+        service.workshop.library()  # people are told of a file that is wrong
         return [offer.to_json() for offer in await offers(service.workshop, service.machines, daemon)]
 
     @api.get("/v1/offers/guix")

@@ -12,7 +12,7 @@ from offloadd.daemon.machines import Machines
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError
 from offloadd.guest.secret_root import ACCOUNT, SecretRoot
-from offloadd.model.machine import SSH_PORT, BuildDaemon, Machine, SshMachine, VmMachine
+from offloadd.model.machine import BuildDaemon, Machine, SshMachine, VmMachine
 from offloadd.model.offer import Offer, OfferState
 from offloadd.model.state import MachineMode, MachineState
 
@@ -25,14 +25,15 @@ async def offers(workshop: Workshop, machines: Machines, daemon: BuildDaemon | N
     """One for each machine that has `daemons`, whatever its state, by name; none for those that are drained or offline.
 
     Keys of a virtual machine are made when they are missing: its first builder may come before its first start.
+    Somebody who writes a machine's file does not take the others from build daemons: while it is wrong they are as before.
 
     Args:
         daemon: only those that take this one's builds.
     Raises:
-        ConfigError: a machine's file is wrong.
+        ConfigError: a machine's file is wrong, and was so when we were started.
     """
     # One that runs is as it was when it was started, until its file is read again.
-    known: dict[str, Machine] = {**workshop.library().machines, **machines.declared()}
+    known: dict[str, Machine] = {**workshop.shelf.last_right().machines, **machines.declared()}
     found = []
     for name in sorted(known):
         machine = known[name]
@@ -119,8 +120,8 @@ def _without_comment(key: str) -> str:
 def _ssh_port(machines: Machines, machine: VmMachine) -> int:
     running = machines.find(machine.name)
     if running is not None and running.instance is not None:
-        return running.instance.port(SSH_PORT)
-    return next(host for host, guest in machine.port_forwardings.items() if guest == SSH_PORT)
+        return running.instance.ssh_port
+    return machine.ssh_forward
 
 
 def _state(workshop: Workshop, machines: Machines, name: str) -> OfferState:

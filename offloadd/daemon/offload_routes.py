@@ -17,7 +17,7 @@ from offloadd.errors import OffloadError
 from offloadd.guix.machines import render_guix
 from offloadd.model.offer import Offer
 from offloadd.model.offload import OffloadRequest
-from offloadd.nix.machines import nix_line
+from offloadd.nix.machines import nix_line, render_port
 
 
 def add_offload_routes(api: FastAPI, service: Service) -> None:
@@ -28,7 +28,7 @@ def add_offload_routes(api: FastAPI, service: Service) -> None:
         """A machine for one derivation: {"decision": "accept", "offer": ..., "entry": ...}, or another decision and "why".
 
         After "accept" the answer stays open: the machine is the client's until it closes the connection.  `entry` is the offer
-        as the build daemon's own program reads it.
+        as the build daemon's own program reads it, and `ssh_config`, for Nix, what ssh has to know besides.
         """
         return StreamingResponse(_lines(service, request), media_type="application/x-ndjson")
 
@@ -53,8 +53,10 @@ def describe(verdict: Verdict, request: OffloadRequest) -> dict[str, Any]:
     offer = verdict.take
     if (key := request.keys.get(offer.machine)) is not None:
         offer = offer.model_copy(update={"private_key": key})
-    return {"decision": "accept", "offer": offer.to_json(), "entry": _entry(offer, request)}
+    return {"decision": "accept", "offer": offer.to_json(), **_entry(offer, request)}
 
 
-def _entry(offer: Offer, request: OffloadRequest) -> str:
-    return render_guix([offer]) if request.daemon == "guix" else nix_line(offer)
+def _entry(offer: Offer, request: OffloadRequest) -> dict[str, str]:
+    if request.daemon == "guix":
+        return {"entry": render_guix([offer])}
+    return {"entry": nix_line(offer, port=False), "ssh_config": render_port(offer)}

@@ -1,4 +1,4 @@
-"""Clones that wait, paused, for builds to take them: `warm: N` in a machine's file.
+"""Clones that wait, paused, for builds to take them: one that is only started, and those of `warm: N` in a machine's file.
 
 Each is a task from its making to its end, as what it consists of is entered and left in one.  Whoever takes it says when it has
 done with it.
@@ -15,12 +15,12 @@ from pathlib import Path
 import structlog
 import trio
 
-from offloadd.daemon.guests import NO_CLONE, FreshGuest, Guests, open_fresh
+from offloadd.daemon.guests import NO_CLONE, FreshGuest, Guests, open_paused_clone
 from offloadd.daemon.host_memory import HostMemory, read_host_memory
-from offloadd.daemon.keeping import Facts, Idle, Want, judge_pool
+from offloadd.daemon.keeping import Facts, Idle, Kind, Want, judge_pool
 from offloadd.daemon.own_fault import own_fault
 from offloadd.errors import BootError, HostError, MachineLostError, OffloadError
-from offloadd.guest.open import set_clock
+from offloadd.guest.open import set_clock, wake
 from offloadd.model.machine import VmMachine
 from offloadd.nursery import open_narrow_nursery
 from offloadd.place.vm import MOUNTED, mount_environment
@@ -34,6 +34,8 @@ LOOK_S = 2.0
 """Between two looks at the host's memory while clones wait or are wanted."""
 REST_S = 60.0
 """The same while there are none, for the templates in memory; and after a clone has failed until it is tried again."""
+PAUSE_S = 0.3
+"""From a build's beginning, or its end, to the look that it brings about: the build goes on first."""
 
 log = structlog.get_logger()
 
@@ -43,7 +45,8 @@ class WaitingClone:
 
     def __init__(self, want: Want, guest: FreshGuest) -> None:
         self.guest = guest
-        self.idle = Idle(name=guest.instance.name, machine=want.machine, digest=want.digest, since=trio.current_time())
+        name, since = guest.instance.name, trio.current_time()
+        self.idle = Idle(name=name, machine=want.machine, kind=want.kind, digest=want.digest, since=since)
         self.taken = trio.Event()
         self.done_with = trio.Event()
         self.ended = trio.Event()
@@ -77,19 +80,33 @@ class WaitingClone:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    want: Want
+    """What the last build on a machine had."""
+
+    digest: str
+    """Of the template."""
     plan: VmPlan
+    warm: int
     environment: Path
-    """The disk of the last build's; the next one may well be in the same."""
+    """Its disk; the next one may well be in the same."""
+    used: float
 
     def is_of(self, images: Collection[str], templates: Collection[str]) -> bool:
-        return self.plan.boot.digest in images or self.want.digest in templates
+        return self.plan.boot.digest in images or self.digest in templates
+
+    def wants(self) -> Sequence[Want]:
+        counts: dict[Kind, int] = {"started": 1, "warm": self.warm}
+        machine, memory = self.plan.machine, self.plan.memory_mib
+        return [
+            Want(machine=machine, kind=kind, digest=self.digest, count=count, memory_mib=memory, used=self.used)
+            for kind, count in counts.items()
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Making:
     """One that is made."""
 
+    want: Want
     wanted: _Wanted
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -104,7 +121,7 @@ class Pool:
     """
 
     def __init__(self, guests: Guests, nursery: trio.Nursery, look: Callable[[], HostMemory]) -> None:
-        self._guests = guests
+        self.guests = guests
         self._shop = guests.shop
         self._nursery = nursery
         self._look = look
@@ -132,15 +149,16 @@ class Pool:
         """
         async with AsyncExitStack() as stack:
             self._last_move = trio.current_time()
-            guest = await self._take(stack, plan, machine, logs)
+            guest = await self._take(stack, plan, machine, tell, logs)
             if guest is None:
-                opened = self._guests.open(plan, machine, tell, logs=logs, purpose="build")
+                opened = self.guests.open(plan, machine, tell, logs=logs, purpose="build")
                 guest = await stack.enter_async_context(opened)
             self._note_use(plan, machine, environment, cloned=guest.origin != "boot")
             try:
                 yield guest
             finally:
                 self._last_move = trio.current_time()
+                self._woken.set()
 
     async def forget(self, *, images: Collection[str] = (), templates: Collection[str] = ()) -> None:
         """End those that wait and were made of one of these (digests), and make no more of them."""
@@ -156,54 +174,56 @@ class Pool:
 
     # A build takes one
 
-    async def _take(self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, logs: Path) -> FreshGuest | None:
+    async def _take(
+        self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, logs: Path
+    ) -> FreshGuest | None:
         """One that waits, for as long as `stack` is open; None when there is none."""
         while (clone := self._pick(plan)) is not None:
             async with AsyncExitStack() as attempt:
                 try:
-                    guest = await attempt.enter_async_context(self._hand_over(clone, plan, logs))
+                    guest = await attempt.enter_async_context(self._hand_over(clone, plan, tell, logs))
                 except (*NO_CLONE, HostError) as exc:
                     log.warning("a waiting clone is of no use", machine=machine.name, why=str(exc))
                     continue
-                await self._guests.equip(guest, machine)
+                await self.guests.equip(guest, machine)
                 stack.push_async_exit(attempt.pop_all())
                 return guest
         return None
 
     def _pick(self, plan: VmPlan) -> WaitingClone | None:
-        """Take one out: from here on nobody else can."""
-        machines = {clone.idle.machine for clone in self._waiting.values()}
-        if plan.machine not in machines:
-            return None
-        digest = template_key(plan).digest
-        for name, clone in self._waiting.items():
-            if (clone.idle.machine, clone.idle.digest) == (plan.machine, digest):
+        """Take one out, a warm one first: from here on nobody else can."""
+        mine = [clone for clone in self._waiting.values() if clone.idle.machine == plan.machine]
+        digest = template_key(plan).digest if mine else ""
+        for clone in sorted(mine, key=lambda clone: clone.idle.kind != "warm"):
+            if clone.idle.digest == digest:
                 clone.taken.set()
-                return self._waiting.pop(name)
+                return self._waiting.pop(clone.idle.name)
         return None
 
     @asynccontextmanager
-    async def _hand_over(self, clone: WaitingClone, plan: VmPlan, logs: Path) -> AsyncIterator[FreshGuest]:
+    async def _hand_over(self, clone: WaitingClone, plan: VmPlan, tell: Progress, logs: Path) -> AsyncIterator[FreshGuest]:
         instance, agent = clone.instance, clone.guest.agent
         try:
             with self._shop.cores.share(plan.cpu_count) as cores:
                 await instance.pin(cores)
                 await instance.hand_over(plan, "build", logs)
                 agent.machine = plan.instance
-                await set_clock(agent, instance.record.clock())
-                yield replace(clone.guest, origin="warm")
+                if clone.idle.kind == "warm":
+                    await set_clock(agent, instance.record.clock())
+                else:
+                    await wake(instance, agent, lambda text: tell(text, None))
+                yield clone.guest
         finally:
             clone.done_with.set()
             with trio.CancelScope(shield=True):
                 await clone.ended.wait()
 
     def _note_use(self, plan: VmPlan, machine: VmMachine, environment: Path, *, cloned: bool) -> None:
-        if not machine.warm or not cloned:
+        if not cloned:
             self._wanted.pop(machine.name, None)
             return
         digest, now = template_key(plan).digest, trio.current_time()
-        want = Want(machine=machine.name, digest=digest, count=machine.warm, memory_mib=plan.memory_mib, used=now)
-        self._wanted[machine.name] = _Wanted(want=want, plan=plan, environment=environment)
+        self._wanted[machine.name] = _Wanted(digest=digest, plan=plan, warm=machine.warm, environment=environment, used=now)
         self._woken.set()
 
     # Beside the builds
@@ -212,10 +232,9 @@ class Pool:
         """Make them, and give them up, until cancelled."""
         while True:
             self._woken = trio.Event()
-            if not self._wanted and not self._waiting:
-                with trio.move_on_after(REST_S):
-                    await self._woken.wait()
-            await trio.sleep(LOOK_S)
+            with trio.move_on_after(LOOK_S if self._wanted or self._waiting else REST_S):
+                await self._woken.wait()
+            await trio.sleep(PAUSE_S)
             self._work()
 
     def _work(self) -> None:
@@ -226,13 +245,15 @@ class Pool:
             self._last_short = now
         self._give_up(verdict.give_up)
         self._shop.templates.drop_idle(verdict.unload_s)
-        wanted = self._wanted[verdict.make.machine] if verdict.make else None
-        if wanted and self._shop.templates.is_ready(wanted.want.digest):
-            self._making = _Making(wanted=wanted)
+        if verdict.make is None:
+            return
+        want = verdict.make
+        if self._shop.templates.is_ready(want.digest):
+            self._making = _Making(want=want, wanted=self._wanted[want.machine])
             self._nursery.start_soon(self._own, self._making)
-        elif wanted:
+        else:
             # Nobody waits for it: it is not worth a boot.
-            del self._wanted[wanted.want.machine]
+            del self._wanted[want.machine]
 
     def _facts(self, now: float) -> Facts:
         self._failed = {digest: when for digest, when in self._failed.items() if now - when < REST_S}
@@ -240,7 +261,7 @@ class Pool:
             now=now,
             memory=self._look(),
             idle=[clone.idle for clone in self._waiting.values()],
-            wants=[wanted.want for wanted in self._wanted.values()],
+            wants=[want for wanted in self._wanted.values() for want in wanted.wants()],
             last_move=self._last_move,
             last_short=self._last_short,
             making=self._making is not None,
@@ -254,12 +275,12 @@ class Pool:
 
     async def _own(self, making: _Making) -> None:
         """One clone from its making to its end."""
-        machine, digest = making.wanted.want.machine, making.wanted.want.digest
+        machine, digest = making.want.machine, making.want.digest
         clone: WaitingClone | None = None
         try:
             with making.scope:
                 async with AsyncExitStack() as stack:
-                    clone = await self._make(stack, making.wanted)
+                    clone = await self._make(stack, making)
                     self._making = None
                     await self._wait_out(clone)
         except (OffloadError, OSError) as exc:
@@ -281,7 +302,7 @@ class Pool:
         name = clone.idle.name
         self._waiting[name] = clone
         try:
-            log.info("a clone waits", machine=clone.idle.machine, instance=name)
+            log.info("a clone waits", machine=clone.idle.machine, instance=name, kind=clone.idle.kind)
             died = await clone.wait_over()
         finally:
             self._waiting.pop(name, None)
@@ -289,19 +310,30 @@ class Pool:
             raise MachineLostError(died, subject=name)
         await clone.done_with.wait()
 
-    async def _make(self, stack: AsyncExitStack, wanted: _Wanted) -> WaitingClone:
-        """A clone that is paused, and has run what every build runs: the emulator has translated that."""
+    async def _make(self, stack: AsyncExitStack, making: _Making) -> WaitingClone:
+        """A clone that is paused."""
         # Its clock is the template's, so that no file in it is newer than what is built there.
-        shop, plan = self._shop, plan_template(wanted.plan, f"warm-{secrets.token_hex(4)}")
-        saved = await stack.enter_async_context(self._guests.template(wanted.plan, silent))
+        shop, wanted = self._shop, making.wanted
+        plan = plan_template(wanted.plan, f"warm-{secrets.token_hex(4)}")
+        saved = await stack.enter_async_context(self.guests.template(wanted.plan, silent))
         with shop.cores.share(plan.cpu_count) as cores:
-            opened = open_fresh(shop, plan, silent, cores=cores, logs=None, purpose="warm", saved=saved)
+            opened = open_paused_clone(shop, plan, saved, cores=cores, logs=None, purpose="warm")
             guest = await stack.enter_async_context(opened)
-            async with while_running(guest.instance, BootError):
-                guest = replace(guest, environment=await _show(guest, wanted.environment))
-                await warm_up(guest.agent, MOUNTED if guest.environment else None)
-            await guest.instance.pause()
-        return WaitingClone(wanted.want, guest)
+            if making.want.kind == "warm":
+                guest = await _warm(guest, wanted.environment)
+        return WaitingClone(making.want, guest)
+
+
+async def _warm(guest: FreshGuest, environment: Path) -> FreshGuest:
+    """Have it run what every build runs, which the emulator translates, and pause it again."""
+    instance, agent = guest.instance, guest.agent
+    await instance.let_go()
+    await wake(instance, agent, lambda text: None)
+    async with while_running(instance, BootError):
+        shown = await _show(guest, environment)
+        await warm_up(agent, MOUNTED if shown else None)
+    await instance.pause()
+    return replace(guest, origin="warm", environment=shown)
 
 
 async def _show(guest: FreshGuest, environment: Path) -> Path | None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,26 +23,26 @@ from typing import Any, TypeVar
 import trio
 
 from offloadd.binfmt.status import Status, find_fault, find_usable, read_status
+from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver
-from offloadd.builder.run import Job, Report, run_build
-from offloadd.daemon.guests import FreshGuest, Guests
+from offloadd.builder.plain import run_plain_build
+from offloadd.builder.run import run_build
+from offloadd.daemon.guests import FreshGuest, Guests, SshGuest
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
-from offloadd.guest.open import admit_users
-from offloadd.guest.ssh import open_remote, open_ssh
+from offloadd.guest.ssh import Guest, open_remote
 from offloadd.host import native_systems, systems_of
-from offloadd.model.machine import SSH_PORT, BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.machine import BinfmtMachine, Childhurd, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.place.local import LocalService
 from offloadd.place.place import Place
+from offloadd.place.plain_probe import exchange_plain, probe_plain
 from offloadd.place.probe import EXCHANGED, Probe, Shell, exchange_file, format_offset, probe_local, probe_ssh
 from offloadd.place.remote import RemoteService
 from offloadd.place.vm import AgentShell, GuestService
 from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.process import Progress, host_error
-from offloadd.vm.console import clean
-from offloadd.vm.instance import Instance
 
 BUILD_S = 600.0
 """For the build of a trial, which takes a fraction of a second unless all is emulated."""
@@ -143,7 +143,7 @@ class Trial:
             hint = "install bubblewrap there; its users must be allowed to make user namespaces"
             self._note("sandbox", "bubblewrap works", probe.sandbox, hint)
             if not probe.sandbox:
-                await self._try_build(Place(service=RemoteService(guest), environment=None, clock=time.time))
+                await self._try_build(Place(run=partial(run_build, RemoteService(guest)), clock=time.time))
 
     async def _try_vm(self, machine: VmMachine) -> None:
         shop = self._shop
@@ -153,8 +153,7 @@ class Trial:
         )
         logs = shop.paths.logs / "tests" / machine.name
         if not plan.boot.has_agent:
-            ports = tuple((0, guest) for _, guest in plan.forwards)
-            await self._try_bare_vm(machine, replace(plan, instance=instance_name, forwards=ports), logs)
+            await self._try_bare_vm(machine, plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=True), logs)
             return
         plan = plan_for_build(plan, instance_name, date=None, cpu=None, pinned_cpu=machine.cpu is not None)
         async with AsyncExitStack() as stack:
@@ -170,28 +169,40 @@ class Trial:
             probe = await self._try_shell(AgentShell(guest.agent), clock)
             self._note_clock(probe, clock())
             self._note_probe(probe)
-            await self._try_build(Place(service=GuestService(guest.agent), environment=None, clock=clock))
+            await self._try_build(Place(run=partial(run_build, GuestService(guest.agent)), clock=clock))
 
     async def _try_bare_vm(self, machine: VmMachine, plan: VmPlan, logs: Path) -> None:
-        """One with a disk of its own: it takes its secrets, and one can log in.  No build of ours goes there."""
-        secrets = self._shop.secrets(machine)
+        """One with a disk of its own: it takes its secrets, and one can log in.  Only on the Hurd is something built there."""
         async with AsyncExitStack() as stack:
 
-            async def boot() -> Instance:
-                opened = self._guests.open_bare(plan, self._progress, logs=logs, purpose="build")
-                instance = await stack.enter_async_context(opened)
-                await admit_users(instance, secrets, self._shop.bridge, lambda text: self._progress(text, None))
-                return instance
+            async def boot() -> SshGuest:
+                opened = self._guests.open_by_ssh(plan, machine, self._progress, logs=logs, purpose="build")
+                return await stack.enter_async_context(opened)
 
             words = f"{plan.cpu}, {plan.qemu.accelerator.upper()}, {format_date(plan.date)}"
-            instance = await self._check("start it and log in", boot, lambda _: words)
+            name = "start it" if isinstance(machine, Childhurd) and not machine.offloading else "start it and log in"
+            guest = await self._check(name, boot, lambda _: words)
+            if guest.shell is None:
+                return
+            clock = guest.instance.record.clock
+            probe = await self._try_plain_shell(guest.shell, clock)
+            self._note_clock(probe, clock())
+            self._note_probe(probe)
+            if isinstance(machine, Childhurd):
+                run = partial(run_plain_build, guest.shell, thrown_away=True)
+                await self._try_build(Place(run=run, clock=clock))
 
-            async def run() -> str:
-                async with open_ssh(self._shop.bridge, instance.port(SSH_PORT), secrets) as guest:
-                    _, said = await guest.run("uname -srm")
-                return clean(said.decode(errors="replace")).strip()[:100]
+    async def _try_plain_shell(self, guest: Guest, clock: Callable[[], float]) -> Probe:
+        """The same as `_try_shell` without Python."""
+        name = self._machine.name
 
-            await self._check("run a command", run, str)
+        def words(probe: Probe) -> str:
+            return f"{probe.kernel} on {probe.machine}"
+
+        probe = await self._check("run a command", lambda: probe_plain(guest, name, clock), words)
+        size = format_size(EXCHANGED)
+        await self._check("send a file and get it back", lambda: exchange_plain(guest, name, EXCHANGED), lambda _: size)
+        return probe
 
     async def _try_shell(self, guest: Shell, clock: Callable[[], float] | None = None) -> Probe:
         """A command, and a file there and back."""
@@ -218,12 +229,15 @@ class Trial:
         self._note("systems", words if foreign else ", ".join(machine.systems))
 
     def _note_probe(self, probe: Probe) -> None:
-        """Load, memory and disk."""
+        """Load, memory and disk, as far as it tells them."""
         threshold = self._machine.overload_threshold
-        over = f", over its threshold {threshold:g}: taken last" if threshold is not None and probe.load > threshold else ""
-        self._note("load", f"{probe.load:.2f} for each of {probe.cores} {'core' if probe.cores == 1 else 'cores'}{over}")
-        self._note("memory", f"{format_size(probe.memory_mib << 20)} available")
-        self._note("disk", f"{format_size(probe.disk_free)} free")
+        if probe.load is not None:
+            over = f", over its threshold {threshold:g}: taken last" if threshold is not None and probe.load > threshold else ""
+            self._note("load", f"{probe.load:.2f} for each of {probe.cores} {'core' if probe.cores == 1 else 'cores'}{over}")
+        if probe.memory_mib is not None:
+            self._note("memory", f"{format_size(probe.memory_mib << 20)} available")
+        if probe.disk_free is not None:
+            self._note("disk", f"{format_size(probe.disk_free)} free")
 
     async def _look_here(self) -> None:
         async def look() -> Probe:
@@ -238,7 +252,7 @@ class Trial:
     async def _try_local(self) -> None:
         await self._look_here()
         service = LocalService(self._shop.paths.state / "work")
-        await self._try_build(Place(service=service, environment=None, clock=time.time))
+        await self._try_build(Place(run=partial(run_build, service), clock=time.time))
 
     async def _try_binfmt(self, machine: BinfmtMachine) -> None:
         await self._look_here()
@@ -254,8 +268,9 @@ class Trial:
         """A build that gives back what it was sent."""
 
         def words(report: Report) -> str:
-            kernel = str(report.started.get("kernel", ""))[:100]
-            return f"succeeded on Linux {kernel} in {format_duration(report.duration_s)}"
+            said = report.started
+            kernel = f"{said.get('system', 'Linux')} {said.get('kernel', '')}"[:100]
+            return f"succeeded on {kernel} in {format_duration(report.duration_s)}"
 
         await self._check("build", lambda: self._build(place), words)
 
@@ -280,7 +295,7 @@ class Trial:
             )
             listener = _Listener()
             with open_outputs_receiver(folder / "outputs.tar") as outputs:
-                report = await run_build(place.service, job, outputs, listener)
+                report = await place.run(job, outputs, listener)
             if report.exit_status:
                 raise HostError(f"a build ended with exit status {report.exit_status}", detail=listener.text)
             if _read_output(folder / "outputs.tar") != sent:
@@ -299,7 +314,7 @@ def _read_output(path: Path) -> bytes:
     """The file `back`: the receiver has checked what kind of members there are."""
     with tarfile.open(path) as tar:
         for member in tar:
-            file = tar.extractfile(member) if member.isreg() and member.name == "back" else None
+            file = tar.extractfile(member) if member.isreg() and member.name.removeprefix("./") == "back" else None
             if file is not None:
                 return file.read(EXCHANGED + 1)
     return b""

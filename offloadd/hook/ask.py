@@ -33,6 +33,8 @@ class Answer:
         self.why = str(said.get("why", ""))
         self.entry = str(said.get("entry", ""))
         """The machine as the build daemon's own program reads it."""
+        self.ssh_config = str(said.get("ssh_config", ""))
+        """What its ssh has to know besides."""
         self._connection = connection
 
     def release(self) -> None:

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
 
-from offloadd.hook.ask import Answer, Unanswered, ask, copied_keys
+from offloadd.hook.loop import ACCEPT, DECLINE, POSTPONE, Hook, Request
 from offloadd.hook.relay import Input, Real, find_program, write_all
+from offloadd.hook.ssh import SshConfig
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offloadd.hook.ask import Answer
 
 OUT = 2
 MAX_STRING = 1 << 24
 MAX_STRINGS = 1 << 20
 
+_BUILDERS = b"builders"
 _NUMBER = struct.Struct("<Q")
+_NEVER = b"# decline-permanently\n"
 
 
 class NotNix(Exception):
@@ -31,97 +39,59 @@ def run(arguments: Sequence[str]) -> int:
         nix = find_program("nix", "OFFLOAD_NIX")
         if len(arguments) != 1 or not arguments[0].isdigit():
             raise NotNix("nix-hook is started by Nix, with its verbosity as the only argument")
-        return Hook([nix, "__build-remote", *arguments], Input(0)).serve()
+        return NixHook([nix, "__build-remote", *arguments], Input(0), os.environ.get("NIX_CONF_DIR") or "/etc/nix").serve()
     except EOFError:
         return 0
     except (FileNotFoundError, NotNix) as exc:
-        write_all(OUT, f"offload: {exc}\n# decline-permanently\n".encode())
+        write_all(OUT, f"offload: {exc}\n".encode() + _NEVER)
         return 1
 
 
-class Hook:
-    """One hook: it answers requests until one was accepted, or there are no more.
+class NixHook(Hook):
+    """The hook of one `nix __build-remote`, which is started while our daemon is asked.
 
-    Args:
-        command: the real program with its arguments.
+    Its machines are the last of its settings, and their ports are in a file that is read when it calls one.
+
     Raises:
         EOFError, NotNix: no settings came.
     """
 
-    def __init__(self, command: Sequence[str], inlet: Input) -> None:
-        self._command = command
-        self._inlet = inlet
+    daemon = "nix"
+    out = OUT
+
+    def __init__(self, command: Sequence[str], inlet: Input, configuration: str) -> None:
+        super().__init__(command, inlet, configuration)
         self._settings = _read_settings(inlet)
-        self._configuration = os.environ.get("NIX_CONF_DIR") or "/etc/nix"
-        self._plain: Real | None = None
+        self._ssh = SshConfig(os.environ.get("NIX_SSHOPTS", ""))
+        self._waiting: Real | None = None
+        """A real program that has not been told of its machines."""
         self._no_plain = False
         """It has said that it never will."""
-        self._warned = False
-        self._accepted = False
 
     def serve(self) -> int:
-        """Answer; the exit status."""
-        while (request := self._read_request()) is not None:
-            raw, answer = request
-            try:
-                status = self._answer(answer, raw)
-            except OSError as exc:  # no such program
-                if self._accepted:
-                    raise
-                # Without an answer Nix would have the build fail.
-                status = None
-                write_all(OUT, f"offload: {exc}\n# decline\n".encode())
-            if answer is not None:
-                answer.release()
-            if status is not None:
-                return status
-        if self._plain is not None:
-            self._plain.close()
-        return 0
-
-    def _answer(self, answer: Answer | None, raw: bytes) -> int | None:
-        """The build's status when it was accepted, and is done."""
-        if answer is None or answer.decision == "decline":
-            return self._try_plain(raw, alone=answer is None)
-        if answer.decision == "accept":
-            return self._hand_over(answer, raw)
-        write_all(OUT, b"# postpone\n")
-        return None
-
-    def _read_request(self) -> tuple[bytes, Answer | None] | None:
-        """The next request as it came and what our daemon says to it; None when there is none."""
         try:
-            if _read_string(self._inlet) != b"try":
+            return super().serve()
+        finally:
+            if self._waiting is not None:
+                self._waiting.abandon()
+
+    def receive(self) -> Request | None:
+        try:
+            if _read_string(self.inlet) != b"try":
                 return None
         except EOFError:
             return None
-        willing = _read_number(self._inlet)
-        system, derivation = _read_string(self._inlet), _read_string(self._inlet)
-        count = _read_number(self._inlet)
+        willing = _read_number(self.inlet)
+        system, derivation = _read_string(self.inlet), _read_string(self.inlet)
+        count = _read_number(self.inlet)
         if count > MAX_STRINGS:
             raise NotNix(f"a list of {count} strings")
-        features = [_read_string(self._inlet) for _ in range(count)]
-        raw = b"".join(
-            [
-                _string(b"try"),
-                _NUMBER.pack(willing),
-                _string(system),
-                _string(derivation),
-                _NUMBER.pack(count),
-                *(_string(feature) for feature in features),
-            ]
-        )
-        return raw, self._ask(bool(willing), system.decode(errors="replace"), [f.decode(errors="replace") for f in features])
-
-    def _ask(self, willing: bool, system: str, features: list[str]) -> Answer | None:
-        local = willing and self._builds_here(system, features)
-        try:
-            return ask("nix", system, features, local=local, keys=copied_keys(self._configuration))
-        except Unanswered as exc:
-            if not exc.absent and not self._warned:
-                self._warned = True
-                write_all(OUT, f"offload: {exc}\n".encode())
-            return None
+        features = [_read_string(self.inlet) for _ in range(count)]
+        strings = [_string(system), _string(derivation), _NUMBER.pack(count), *map(_string, features)]
+        raw = b"".join([_string(b"try"), _NUMBER.pack(willing), *strings])
+        wanted = [feature.decode(errors="replace") for feature in features]
+        name = system.decode(errors="replace")
+        return Request(raw, name, wanted, local=bool(willing) and self._builds_here(name, wanted))
 
     def _builds_here(self, system: str, features: list[str]) -> bool:
         """Whether Nix itself can build that, when it has a slot."""
@@ -131,55 +101,49 @@ class Hook:
     def _words(self, name: bytes) -> list[str]:
         return self._settings.get(name, b"").decode(errors="replace").split()
 
-    def _start(self, builders: bytes | None = None) -> Real:
-        settings = self._settings if builders is None else {**self._settings, b"builders": builders}
-        real = Real(self._command, os.environ, OUT)
-        real.send(
-            b"".join(_NUMBER.pack(1) + _string(name) + _string(value) for name, value in settings.items()) + _NUMBER.pack(0)
-        )
+    def prepare(self) -> None:
+        """Start the real program, which takes as long as we do."""
+        if self._waiting is None:
+            self._waiting = Real(self.command, {**os.environ, "NIX_SSHOPTS": self._ssh.options}, self.out)
+            self._waiting.send(b"".join(_setting(*pair) for pair in self._settings.items() if pair[0] != _BUILDERS))
+
+    def _take(self, builders: bytes | None) -> Real:
+        """The one that waits, with these machines; None: as without us."""
+        assert self._waiting is not None
+        real, self._waiting = self._waiting, None
+        if builders is None:
+            builders = self._settings.get(_BUILDERS)
+        real.send((b"" if builders is None else _setting(_BUILDERS, builders)) + _NUMBER.pack(0))
         return real
 
-    def _try_plain(self, raw: bytes, *, alone: bool) -> int | None:
-        """As without us.  The status when that accepted the build and has done it.
-
-        Args:
-            alone: our daemon is absent.
-        """
+    def try_plain(self, request: Request, *, alone: bool) -> int | None:
         if self._no_plain:
-            write_all(OUT, b"# decline\n")
+            write_all(self.out, DECLINE)
             return None
-        if self._plain is None:
-            self._plain = self._start()
-        self._plain.send(raw)
-        reply = self._plain.reply()
-        if reply == b"# accept\n":
-            return self._accept(self._plain)
-        if reply == b"# decline-permanently\n" or not reply:
+        if self.plain is None:
+            self.plain = self._take(None)
+        self.plain.send(request.raw)
+        reply = self.plain.reply()
+        if reply == ACCEPT:
+            return self.accept(self.plain)
+        if reply == _NEVER or not reply:
             # It has no machines; that says nothing of ours, which may take the next build.
-            self._plain.close()
-            self._plain, self._no_plain = None, True
-            reply = reply if reply and alone else b"# decline\n"
-        write_all(OUT, reply)
+            self.plain.close()
+            self.plain, self._no_plain = None, True
+            reply = reply if reply and alone else DECLINE
+        write_all(self.out, reply)
         return None
 
-    def _hand_over(self, answer: Answer, raw: bytes) -> int | None:
-        """To the real program, which knows of that one machine only."""
-        real = self._start(answer.entry.encode())
-        real.send(raw)
+    def hand_over(self, answer: Answer, request: Request) -> int | None:
+        self._ssh.add(answer.ssh_config)
+        real = self._take(answer.entry.encode())
+        real.send(request.raw)
         reply = real.reply()
-        if reply == b"# accept\n":
-            if self._plain is not None:
-                self._plain.close()
-            return self._accept(real)
+        if reply == ACCEPT:
+            return self.accept(real)
         real.close()
-        write_all(OUT, b"# postpone\n" if reply == b"# postpone\n" else b"# decline\n")
+        write_all(self.out, POSTPONE if reply == POSTPONE else DECLINE)
         return None
-
-    def _accept(self, real: Real) -> int:
-        """The status of the build, which the real program does now."""
-        self._accepted = True
-        write_all(OUT, b"# accept\n")
-        return real.relay(self._inlet)
 
 
 def _read_settings(inlet: Input) -> dict[bytes, bytes]:
@@ -209,3 +173,7 @@ def _read_string(inlet: Input) -> bytes:
 
 def _string(text: bytes) -> bytes:
     return _NUMBER.pack(len(text)) + text + bytes(-len(text) % 8)
+
+
+def _setting(name: bytes, value: bytes) -> bytes:
+    return _NUMBER.pack(1) + _string(name) + _string(value)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 PIECE = 1 << 16
 MAX_LINE = 1 << 20
+
+# signal(7).  The module of that name takes as long to load as the real program.
+_SIGKILL, _SIGPIPE = 9, 13
 
 
 class Input:
@@ -18,33 +22,37 @@ class Input:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._kept = b""
+        self._at = 0
+        """Where in it what was not asked for begins."""
 
     def line(self) -> bytes:
         """The next line with its newline; less at the end."""
-        while b"\n" not in self._kept and len(self._kept) < MAX_LINE and self._more():
+        while (end := self._kept.find(b"\n", self._at)) < 0 and self._rest() < MAX_LINE and self._more():
             pass
-        end = self._kept.find(b"\n") + 1 or len(self._kept)
-        return self._take(end)
+        return self._take(self._rest() if end < 0 else end + 1 - self._at)
 
     def exactly(self, count: int) -> bytes:
         """So many bytes; `EOFError` when there are not as many."""
-        while len(self._kept) < count:
+        while self._rest() < count:
             if not self._more():
                 raise EOFError
         return self._take(count)
 
     def rest(self) -> bytes:
         """What has been read and not been asked for."""
-        return self._take(len(self._kept))
+        return self._take(self._rest())
+
+    def _rest(self) -> int:
+        return len(self._kept) - self._at
 
     def _more(self) -> bool:
         piece = os.read(self.fd, PIECE)
-        self._kept += piece
+        self._kept, self._at = self._kept[self._at :] + piece, 0
         return bool(piece)
 
     def _take(self, count: int) -> bytes:
-        taken, self._kept = self._kept[:count], self._kept[count:]
-        return taken
+        begin, self._at = self._at, self._at + count
+        return self._kept[begin : self._at]
 
 
 class Real:
@@ -67,7 +75,7 @@ class Real:
                 (os.POSIX_SPAWN_DUP2, their_out, 2),
             ]
             # Further descriptors (4: the build's log) are inherited.  Python ignores SIGPIPE, which is inherited, too.
-            self._pid = os.posix_spawn(argv[0], list(argv), environment, file_actions=actions, setsigdef=[signal.SIGPIPE])
+            self._pid = os.posix_spawn(argv[0], list(argv), environment, file_actions=actions, setsigdef=[_SIGPIPE])
         except OSError:
             os.close(self._to)
             os.close(self._from)
@@ -79,8 +87,10 @@ class Real:
 
     def send(self, data: bytes) -> None:
         """Send it what fits into a pipe, or what it surely reads; nothing happens when it has ended."""
-        with suppress(BrokenPipeError):  # its reply, which is missing, says so
+        try:
             write_all(self._to, data)
+        except BrokenPipeError:
+            return  # its reply, which is missing, says so
 
     def reply(self) -> bytes:
         """Its reply to a request, a line that begins with `# `; the lines before it are passed on.  Empty when it has ended."""
@@ -121,6 +131,13 @@ class Real:
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         return code if code >= 0 else 128 - code
 
+    def abandon(self) -> None:
+        """End it at once, whatever it does or says."""
+        os.kill(self._pid, _SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._from)
+        self._end_input()
+
     def _write_some(self, data: bytes) -> bytes:
         try:
             return data[os.write(self._to, data) :]
@@ -158,6 +175,8 @@ def find_program(name: str, variable: str, *wrappers: str) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Become the real program."""
+    import signal
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execv(argv[0], list(argv))  # noqa: S606
 

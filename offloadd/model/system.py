@@ -102,7 +102,8 @@ SYSTEMS: dict[str, System] = {
             name="i586-gnu",
             triplet="i686-gnu",
             debian="hurd-i386",
-            qemu="i386",
+            # As above; and the Hurd does not come up in qemu-system-i386 ("Bad ram pointer").
+            qemu="x86_64",
             user=None,
             bits=32,
             aliases=("i586-pc-gnu", "i686-pc-gnu", "i386-gnu"),

@@ -20,17 +20,21 @@ _PLAIN = re.compile(r"[^\s#;,@\x00-\x1f\x7f-][^\s#;,\x00-\x1f\x7f]*")
 """A word that Nix takes as it is."""
 
 
-def nix_line(offer: Offer, scheme: NixScheme = "ssh-ng", *, alias: str | None = None) -> str:
+def nix_line(offer: Offer, scheme: NixScheme = "ssh-ng", *, alias: str | None = None, port: bool = True) -> str:
     """The line of one machine, without a newline.
 
     Args:
         scheme: `ssh` needs a user whom the machine's Nix trusts; old versions of Nix know no other.
         alias: a name of ssh_config for host, port and user, which old versions of Nix cannot have in the URI.
+        port: False: ssh is told of it by `render_port`, as the same versions need it.
     Raises:
         UsageError: something that Nix has no way to write.
     """
+    where = alias or _address(offer)
+    if port and not alias:
+        where += f":{offer.port}"
     columns = {
-        "address": f"{scheme}://{alias or _address(offer)}",
+        "address": f"{scheme}://{where}",
         "systems": _words(offer, "systems", offer.systems),
         "private-key": _word(offer, "private-key", offer.private_key),
         "parallel-builds": str(offer.parallel_builds),
@@ -44,7 +48,7 @@ def nix_line(offer: Offer, scheme: NixScheme = "ssh-ng", *, alias: str | None = 
 
 def _address(offer: Offer) -> str:
     host = f"[{offer.host}]" if ":" in offer.host else offer.host
-    return f"{_word(offer, 'user', offer.user)}@{_word(offer, 'host', host)}:{offer.port}"
+    return f"{_word(offer, 'user', offer.user)}@{_word(offer, 'host', host)}"
 
 
 def _words(offer: Offer, field: str, words: tuple[str, ...]) -> str:
@@ -60,6 +64,14 @@ def _word(offer: Offer, field: str, word: str) -> str:
 def _number(speed: float) -> str:
     """Old versions of Nix know whole numbers only."""
     return str(int(speed)) if speed.is_integer() else repr(speed)
+
+
+def render_port(offer: Offer) -> str:
+    """The part of ssh_config(5) that gives a machine its port when Nix calls it by its own address."""
+    host = _word(offer, "host", offer.host)
+    # Some versions of Nix leave the brackets of an address of IPv6 to ssh.
+    names = f"{host} [{host}]" if ":" in host else host
+    return f"Host {names}\n  Port {offer.port}\n"
 
 
 def render_ssh_config(offer: Offer, alias: str) -> str:

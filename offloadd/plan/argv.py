@@ -46,6 +46,11 @@ class InstanceFiles:
         return self.directory / "agent.sock"
 
     @property
+    def vnc(self) -> Path:
+        """Where viewers of its screen connect."""
+        return self.directory / "vnc.sock"
+
+    @property
     def console_log(self) -> Path:
         return self.directory / "console.log"
 
@@ -81,8 +86,8 @@ class QemuFds:
     console: int
     console_log: int
     disk: int
-    base: int
-    """The image's disk, below `disk`."""
+    base: int | None
+    """The image's disk, below `disk`; None where the guest writes to the image itself."""
     agent: int | None = None
     """Of a guest that has none, None; and so are the next two of one with a boot loader."""
     kernel: int | None = None
@@ -109,7 +114,7 @@ def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
     return [
         plan.qemu.binary,
         *("-name", f"guest={_escape(plan.instance)},debug-threads=on"),
-        *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
+        *("-no-user-config", "-nodefaults", "-no-reboot", "-S"),
         # A guest that breaks out of the device model finds no fork, no exec, no setuid and no scheduling calls.
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         # tcg takes a thread for each processor by itself wherever the host's memory order is as strong as the guest's.
@@ -117,28 +122,32 @@ def qemu_argv(plan: VmPlan, fds: QemuFds) -> list[str]:
         *("-accel", plan.qemu.accelerator, "-cpu", plan.cpu, "-smp", str(plan.cpu_count)),
         # clock=vm: the clock starts when the guest does, and does not follow what NTP does to the host.
         *("-rtc", f"base={plan.date:%Y-%m-%dT%H:%M:%S},clock=vm"),
-        *_boot(target, fds),
+        *_boot(target, plan, fds),
+        # A viewer's connection is given to QEMU: it listens for none itself.
+        *(("-vga", "std", "-vnc", "none") if plan.has_screen else ("-display", "none")),
         *_channels(target, fds),
         *_disks(target, plan, fds),
         *_slots(target, plan),
         *_network(target, plan),
-        *("-object", "rng-random,id=rng0,filename=/dev/urandom", *target.device("rng", "rng=rng0")),
+        *_random(target),
         *(word for device in target.devices for word in ("-device", device)),
         *plan.options,
     ]
 
 
-def _boot(target: Target, fds: QemuFds) -> list[str]:
+def _boot(target: Target, plan: VmPlan, fds: QemuFds) -> list[str]:
     if fds.kernel is None or fds.initramfs is None:
-        # Boot loaders of others write to a screen, and some go on only when there is one.
-        return ["-vga", "std"]
+        return []
     # panic=-1 makes a panic a reset, which -no-reboot turns into the end of QEMU.  What follows saves a third of the boot under
     # TCG: no mitigations (nobody else is in this guest), no self-tests; and two thirds of each start of a program: addresses
-    # that stay the same (QEMU below 8.0 translates code anew for each address that it is found at).
+    # that stay the same (QEMU below 8.0 translates code anew for each address that it is found at).  No security module that
+    # has no policy here, but looks at each path nevertheless, and no measure of pressure, which nobody reads.
     append = (
         f"root=/dev/vda console={target.console} panic=-1 quiet random.trust_cpu=on"
-        f" mitigations=off norandmaps cryptomgr.notests {target.kernel}"
+        f" mitigations=off norandmaps cryptomgr.notests lsm=landlock,lockdown,yama psi=0 {target.kernel}"
     )
+    if plan.qemu.tsc_khz is not None:
+        append += f" tsc_early_khz={plan.qemu.tsc_khz}"
     return ["-kernel", _path(fds.kernel), "-initrd", _path(fds.initramfs), "-append", append.rstrip()]
 
 
@@ -167,14 +176,21 @@ def _channels(target: Target, fds: QemuFds) -> list[str]:
 def _agent(target: Target, fd: int | None) -> list[str]:
     if fd is None:
         return []
+    # An interrupt for each of its six queues and one for changes: with fewer, each byte has the guest look at all of them.
+    vectors = ",vectors=7" if target.bus == "pci" else ""
     return [
         *("-chardev", f"socket,id=agent,fd={fd},server=on,wait=off"),
-        *target.device("serial", "max_ports=2"),
+        *target.device("serial", f"max_ports=2{vectors}"),
         *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
     ]
 
 
 def _disks(target: Target, plan: VmPlan, fds: QemuFds) -> list[str]:
+    if fds.base is None:
+        # It is the user's own file, which nobody else may open by its name: QEMU takes this very descriptor.
+        given = ["-add-fd", f"fd={fds.disk},set=1"]
+        own = f"driver={plan.boot.disk_format},node-name=root,file.driver=file,file.filename=/dev/fdset/1"
+        return [*given, "-blockdev", own, *_root_device(target, fds)]
     # The overlay is thrown away: there is nothing that flushes could save.
     disk = f"driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename={_path(fds.disk)}"
     below = "backing"
@@ -185,8 +201,20 @@ def _disks(target: Target, plan: VmPlan, fds: QemuFds) -> list[str]:
     # Told, never looked for: a guest can write whatever first bytes it likes.
     kind = plan.boot.disk_format
     disk += f",{below}.driver={kind},{below}.read-only=on,{below}.file.driver=file,{below}.file.filename={_path(fds.base)}"
+    return ["-blockdev", disk, *_root_device(target, fds)]
+
+
+def _root_device(target: Target, fds: QemuFds) -> list[str]:
     first = ",bootindex=0" if fds.kernel is None else ""
-    return ["-blockdev", disk, *target.device("blk", f"drive=root,serial=root{first}")]
+    if target.disk:
+        return ["-device", f"{target.disk},drive=root{first}"]
+    return target.device("blk", f"drive=root,serial=root{first}")
+
+
+def _random(target: Target) -> list[str]:
+    if target.nic:
+        return []
+    return ["-object", "rng-random,id=rng0,filename=/dev/urandom", *target.device("rng", "rng=rng0")]
 
 
 def _slots(target: Target, plan: VmPlan) -> list[str]:
@@ -221,9 +249,13 @@ def slot_is_writable(number: int) -> bool:
 
 
 def _network(target: Target, plan: VmPlan) -> list[str]:
+    if plan.net_options is not None:
+        return list(plan.net_options)
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in plan.forwards)
     # Without restrict the guest reaches every service on the host's loopback.
     restrict = "" if plan.network else ",restrict=on"
     rom = ",romfile=" if target.bus == "pci" else ""
     # No switch has to learn where a clone is: to announce itself would be among the first things that it does.
-    return ["-netdev", f"user,id=net0{restrict}{forwards}", *target.device("net", f"netdev=net0,guest_announce=off{rom}")]
+    own = target.device("net", f"netdev=net0,guest_announce=off{rom}")
+    device = ["-device", f"{target.nic},netdev=net0{rom}"] if target.nic else own
+    return ["-netdev", f"user,id=net0{restrict}{forwards}", *device]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from offloadd.errors import OffloadError, UsageError
 from offloadd.model.image import DiskFormat
-from offloadd.model.machine import VmMachine
-from offloadd.model.quantity import check_clock_holds
+from offloadd.model.machine import OLD_SSH_PORT, SECRETS_PORT, SNAPSHOT, SSH_PORT, Childhurd, VmMachine
+from offloadd.model.quantity import check_clock_holds, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.plan.cpu import check_cpu, choose_cpu
 from offloadd.plan.target import find_target
@@ -19,10 +20,13 @@ DISKS_OF_A_BUILD = 3
 """Its environment, its source, its outputs."""
 DISKS_OF_A_CLONE = DISKS_OF_A_BUILD + 1
 """Those of one build, and the environment that was mounted in it while it waited."""
-SECRETS_PORT = 1004
-"""The guest's port on which a guest without our agent takes its secrets (Guix: gnu/services/virtualization.scm)."""
 MAX_BUILDS_INSIDE = 4
 """Of one machine: a PC has 32 places on its bus in all."""
+HURD_CPU = "qemu64"
+"""QEMU's own default, which Guix leaves a childhurd."""
+
+_HOST_FORWARD = re.compile(r"(hostfwd=tcp:[^:,]*:)(\d+)-[^:,]*:(\d+)")
+"""In QEMU's `-netdev user`: host port, guest port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,8 @@ class QemuFacts:
     cpu_models: frozenset[str]
     accelerator: str
     """`kvm` or `tcg`, as probed."""
+    tsc_khz: int | None = None
+    """How fast an x86 guest's time stamp counter runs, in thousands of ticks in a second; None: it has to find out itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class BootFiles:
     image: str
     digest: str
     disk: Path
-    """It is never written to."""
+    """It is written to by a machine alone that is not volatile."""
     disk_format: DiskFormat = "raw"
     disk_size: int | None = None
     """Bytes, as the guest sees it; None: those of the file."""
@@ -77,6 +83,19 @@ class VmPlan:
     """Disks that can be put in while it runs."""
     boot_timeout_s: float
     options: tuple[str, ...]
+    volatile: bool = True
+    """Whether the guest writes to an overlay, which is thrown away; else to the disk itself."""
+    net_options: tuple[str, ...] | None = None
+    """QEMU's arguments for the network; None: the usual ones."""
+    secret_retries: int = 60
+    """How often a connection to its secret service that is refused is tried again."""
+    secret_handshake_timeout_s: float | None = None
+    """None: only the boot's limit."""
+
+    @property
+    def has_screen(self) -> bool:
+        """Boot loaders of others write to one, and some go on only when there is one."""
+        return self.boot.kernel is None
 
 
 def default_qemu(machine: VmMachine) -> str:
@@ -110,11 +129,35 @@ def plan_vm(
         disk_slots=_disk_slots(machine) if boot.has_agent else 0,
         boot_timeout_s=machine.boot_timeout,
         options=machine.options,
+        volatile=machine.volatile,
     )
-    return replace(plan, cpu=_cpu(plan, machine.cpu, qemu.cpu_models))
+    if isinstance(machine, Childhurd):
+        plan = replace(
+            plan,
+            boot=_sized(machine, boot),
+            options=tuple(word for word in machine.options if word not in SNAPSHOT),
+            net_options=machine.net_options,
+            cpu=plan.cpu or HURD_CPU,
+            secret_retries=machine.secret_retries,
+            secret_handshake_timeout_s=machine.secret_handshake_timeout,
+        )
+    return replace(plan, cpu=_cpu(plan, plan.cpu or None, qemu.cpu_models))
+
+
+def _sized(machine: Childhurd, boot: BootFiles) -> BootFiles:
+    """The image's disk, as large as the machine's file says."""
+    if machine.disk_size == "guess":
+        return boot
+    if boot.disk_size is not None and machine.disk_size < boot.disk_size:
+        sizes = f"{format_size(machine.disk_size)} is less than its image has, {format_size(boot.disk_size)}"
+        raise UsageError(f"disk-size: {sizes}", subject=machine.name)
+    return replace(boot, disk_size=machine.disk_size)
 
 
 def _forwards(machine: VmMachine, boot: BootFiles) -> tuple[tuple[int, int], ...]:
+    if isinstance(machine, Childhurd) and machine.net_options is not None:
+        found = _HOST_FORWARD.finditer(" ".join(machine.net_options))
+        return tuple((int(match[2]), int(match[3])) for match in found)
     forwards = sorted(machine.port_forwardings.items())
     if not boot.has_agent and SECRETS_PORT not in machine.port_forwardings.values():
         forwards.append((0, SECRETS_PORT))
@@ -138,14 +181,28 @@ def plan_for_build(
         UsageError: the machine's clock does not hold the date, or the clock of what is built.
         NoMachineError: this QEMU does not know the CPU model.
     """
-    moved = replace(plan, instance=instance, date=date or plan.date, forwards=(), disk_slots=DISKS_OF_A_CLONE)
+    moved = replace(plan, instance=instance, date=date or plan.date)
+    if plan.boot.has_agent:
+        moved = replace(moved, forwards=(), disk_slots=DISKS_OF_A_CLONE)
+    else:
+        moved = replace(moved, forwards=_free(plan.forwards), net_options=_freed(plan.net_options))
     try:
         for kind in (plan.system, system or plan.system):
             check_clock_holds(moved.date, kind)
     except ValueError as exc:
         raise UsageError(str(exc), subject=plan.machine) from exc
-    wanted = cpu or (plan.cpu if pinned_cpu else None)
+    # What is built in a guest that others have made depends on its date alone: its CPU is the machine's.
+    wanted = cpu or (plan.cpu if pinned_cpu or not plan.boot.has_agent else None)
     return replace(moved, cpu=_cpu(moved, wanted, plan.qemu.cpu_models))
+
+
+def _free(forwards: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The same guest ports on whatever ports of the host are free: the machine itself may run."""
+    return tuple((0, guest) for _, guest in forwards if guest in (SECRETS_PORT, SSH_PORT, OLD_SSH_PORT))
+
+
+def _freed(options: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return None if options is None else tuple(_HOST_FORWARD.sub(r"\g<1>0-:\3", word) for word in options)
 
 
 def _cpu(plan: VmPlan, wanted: str | None, known: Collection[str]) -> str:

@@ -25,8 +25,14 @@ class Target:
     """The kernel's name of the first serial port."""
     bus: Literal["pci", "ccw"] = "pci"
     """Where virtio devices are."""
+    disk: str = ""
+    """The device that the root disk is; empty: virtio's."""
+    nic: str = ""
+    """The network card; empty: virtio's.  A guest with one of its own has no virtio device at all."""
     power_button: bool = True
     """Whether QEMU's `system_powerdown` reaches the guest."""
+    panics_unseen: bool = False
+    """Whether only its console shows that its kernel has panicked."""
     devices: tuple[str, ...] = ()
     kernel: str = ""
     """Further words for the kernel."""
@@ -59,6 +65,21 @@ TARGETS: dict[str, Target] = {
 }
 """By QEMU's name of the target, as in `System.qemu`."""
 
+HURD = {
+    # Those of Guix's childhurds: `--hda`, which is the first disk of the first IDE bus, and an rtl8139.  GNU Mach has no ACPI
+    # power button.
+    system: Target(
+        machine=machine,
+        console="com0",
+        disk="ide-hd,bus=ide.0,unit=0",
+        nic="rtl8139",
+        power_button=False,
+        panics_unseen=True,
+    )
+    for system, machine in {"i586-gnu": "pc", "x86_64-gnu": "q35"}.items()
+}
+"""By system type."""
+
 
 def find_target(system: str) -> Target:
     """The machine for guests of type `system`.
@@ -66,8 +87,8 @@ def find_target(system: str) -> Target:
     Raises:
         NoMachineError: there is none.
     """
-    found = TARGETS.get(SYSTEMS[system].qemu)
+    found = HURD.get(system) or TARGETS.get(SYSTEMS[system].qemu)
     if found is None:
-        known = ", ".join(name for name, other in SYSTEMS.items() if other.kernel == "linux" and other.qemu in TARGETS)
+        known = ", ".join(name for name, other in SYSTEMS.items() if name in HURD or other.qemu in TARGETS)
         raise NoMachineError(f"offload has no virtual machine for {system}", hint=f"it has for {known}")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from offloadd.bridge import Bridge
 from offloadd.digest import sparse_sha256
 from offloadd.errors import AgentError, BootError
 from offloadd.guest.agent import Agent
-from offloadd.guest.open import open_guest
+from offloadd.guest.open import check_clock, open_guest, personalize
 from offloadd.model.quantity import format_date
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
@@ -28,6 +29,10 @@ RAM, STATE, DISK, MANIFEST = "ram", "state", "disk.qcow2", "template.json"
 
 WARM_UP_S = 300.0
 """For the first build, which takes a second; ten times that where all is emulated on a loaded host."""
+
+SETTLE_S = 1.0
+RATE_TOLERANCE = 0.05
+"""Of what the guest's clock may be faster or slower than ours: what is wrong is wrong by more."""
 
 WarmUp = Callable[[Agent], Awaitable[None]]
 """Is run in the guest before it is saved, so that its clones find in their memory what every build needs."""
@@ -70,8 +75,13 @@ async def freeze(
         async with opened as instance, open_guest(instance, lambda text: None) as agent:
             async with while_running(instance, BootError):
                 with trio.move_on_after(WARM_UP_S) as limit:
+                    await personalize(instance, agent)
+                    began = await _look(instance, agent)
                     await warm_up(agent)
                     await agent.run("/bin/sync")
+                    # The kernel clears away behind programs that have ended: each clone would do it again.
+                    await trio.sleep(SETTLE_S)
+                    check_rate(began, await _look(instance, agent), plan.machine)
                 if limit.cancelled_caught:
                     raise AgentError(f"its first build did not end within {WARM_UP_S:.0f} s", subject=plan.machine)
             progress("saving it", None)
@@ -80,6 +90,32 @@ async def freeze(
         await trio.to_thread.run_sync(_write_manifest, key, plan.machine, directory)
     finally:
         os.close(ram)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """The guest's clock, seen between two moments of the host's; all in seconds."""
+
+    clock: float
+    earliest: float
+    latest: float
+
+
+async def _look(instance: Instance, agent: Agent) -> Look:
+    earliest = time.monotonic()
+    said = await agent.call("clock")
+    check_clock(said, instance.record.clock(), agent.machine)
+    return Look(clock=float(said["clock"]), earliest=earliest, latest=time.monotonic())
+
+
+def check_rate(first: Look, last: Look, machine: str) -> None:
+    """AgentError: the guest's clock does not run as fast as the host's.  Each clone's would go wrong in the same way."""
+    passed = last.clock - first.clock
+    least, most = last.earliest - first.latest, last.latest - first.earliest
+    if least * (1 - RATE_TOLERANCE) <= passed <= most * (1 + RATE_TOLERANCE):
+        return
+    what = f"its clock went {passed:.1f} s in {most:.1f} s: it has measured its processor wrongly"
+    raise AgentError(what, subject=machine, hint="try again when the host has less to do")
 
 
 async def _save(instance: Instance, directory: Path) -> None:

@@ -12,7 +12,7 @@ from offloadd.model.machine import VmMachine
 from offloadd.plan.machine import VmPlan
 from offloadd.plan.target import find_target
 
-FORMAT = 4
+FORMAT = 5
 """Raised when templates that were made before are of no use any more."""
 DATE = datetime(1970, 1, 2, tzinfo=UTC)
 """That of every template: a clone's clock is set, and its boot left no file that is newer than what is built in it."""
@@ -41,7 +41,9 @@ def template_key(plan: VmPlan) -> TemplateKey:
         "qemu_version": plan.qemu.version,
         # A package's security update may keep the version.
         "qemu_file": [binary.st_size, binary.st_mtime_ns],
-        "accelerator": plan.qemu.accelerator if plan.qemu.accelerator == "tcg" else f"kvm on {_host_cpu()}",
+        "accelerator": plan.qemu.accelerator,
+        # Under TCG all that a guest has of it is its time stamp counter.
+        "host_cpu": plan.qemu.tsc_khz if plan.qemu.accelerator == "tcg" else _host_cpu(),
         "machine_type": find_target(plan.system).machine,
         "system": plan.system,
         "cpu": plan.cpu,

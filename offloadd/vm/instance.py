@@ -3,6 +3,8 @@
     async with open_instance(plan, ...) as instance:      started, pinned, let go; leaving the block ends it
         await instance.stop()                             politely, then firmly
 
+`open_paused_instance` is the same block for one that is let go later.
+
 QEMU itself outlives a daemon that was killed; `adopt_instance` is the same block for one that is found again.
 """
 
@@ -20,7 +22,16 @@ from typing import Any
 import trio
 
 from offloadd.bridge import Bridge
-from offloadd.errors import BootError, HostError, MachineLostError, OffloadError, PortTakenError, TransientError, UnsavableError
+from offloadd.errors import (
+    BootError,
+    HostError,
+    MachineLostError,
+    OffloadError,
+    PortTakenError,
+    RebootedError,
+    TransientError,
+    UnsavableError,
+)
 from offloadd.nursery import open_narrow_nursery
 from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import VmPlan
@@ -30,17 +41,19 @@ from offloadd.vm.drives import Drives
 from offloadd.vm.home import Home
 from offloadd.vm.launch import Memory, launch
 from offloadd.vm.memory import SavedGuest
-from offloadd.vm.outcome import Outcome, judge
+from offloadd.vm.outcome import Outcome, find_panic, judge
 from offloadd.vm.pinning import pin
 from offloadd.vm.ports import check_ports_free, parse_usernet
 from offloadd.vm.process import QemuProcess, find_process
 from offloadd.vm.qmp import Qmp, open_qmp
 from offloadd.vm.record import InstanceRecord, Purpose, read_record, read_records, write_record
+from offloadd.vm.screen import serve_screen, take_screenshot
 
 POLITE_S = 30.0
 """For the guest to power off; under TCG with its processors shared it takes a few seconds."""
 QUIT_S = 5.0
 KILL_S = 5.0
+PANIC_LOOK_S = 1.0
 CONTACT_S = 30.0
 """For a QEMU that starts, or is found again, to answer on its monitor."""
 
@@ -52,7 +65,7 @@ _MISSING_FEATURE = re.compile(r"doesn't support requested feature: CPUID\S*?\.(?
 
 
 class Instance:
-    """A running QEMU.  Made by `open_instance` and `adopt_instance` alone."""
+    """A running QEMU.  Made by `open_paused_instance` and `adopt_instance` alone."""
 
     def __init__(self, record: InstanceRecord, home: Home, process: QemuProcess, qmp: Qmp) -> None:
         self.record = record
@@ -77,6 +90,12 @@ class Instance:
     def port(self, guest: int) -> int:
         """The host's port that leads to the guest's."""
         return self.record.ports[guest]
+
+    @property
+    def ssh_port(self) -> int:
+        """The host's port that leads to the guest's sshd."""
+        assert self.record.ssh_port is not None
+        return self.record.ssh_port
 
     async def wait_ended(self) -> Outcome:
         """Wait for the end, whoever brings it about."""
@@ -114,6 +133,15 @@ class Instance:
     async def resume(self) -> None:
         await self._qmp.execute("cont")
 
+    async def let_go(self) -> None:
+        """Have the guest run by its plan; one that goes on from somewhere still shows the time that it showed there.
+
+        Raises:
+            MachineLostError.
+        """
+        self._note(clock_offset=self.record.plan.date.timestamp() - time.monotonic(), began=time.time())
+        await self.resume()
+
     async def pin(self, cores: Sequence[int]) -> None:
         """Move the virtual CPUs to these cores of the host.
 
@@ -124,7 +152,7 @@ class Instance:
         self._note(cores=tuple(cores))
 
     async def hand_over(self, plan: VmPlan, purpose: Purpose, logs: Path) -> None:
-        """Go on after `pause` as the instance of another plan, one that the same template serves; its clock is still to be set.
+        """Let it go, where it is paused, as the instance of another plan, one that the same template serves.
 
         Args:
             logs: the directory that gets its logs.
@@ -136,9 +164,8 @@ class Instance:
         except OSError as exc:
             raise HostError(f"cannot move its files: {exc.strerror}", subject=plan.instance) from exc
         self._qmp.instance = plan.instance
-        offset = plan.date.timestamp() - time.monotonic()
-        self._note(plan=plan, purpose=purpose, clock_offset=offset, began=time.time())
-        await self.resume()
+        self.record = replace(self.record, plan=plan, purpose=purpose)
+        await self.let_go()
 
     def _note(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
@@ -169,14 +196,14 @@ class Instance:
             raise UnsavableError(f"QEMU cannot save it: {status.get('error-desc', 'no reason')}", subject=self.name)
         raise MachineLostError(f"QEMU did not save it within {CONTACT_S:.0f} s", subject=self.name)
 
-    async def _go_on(self, saved: SavedGuest) -> None:
-        """Take over what another instance has saved.
+    async def take_over(self, saved: SavedGuest) -> None:
+        """Stand, paused, where another instance was saved.
 
         Raises:
             MachineLostError: QEMU refuses it; the text says why.
         """
         try:
-            await self._take_over(saved)
+            await self._load(saved)
         except MachineLostError as exc:
             # A QEMU that does not like what it reads says so, and ends.
             with trio.move_on_after(2):
@@ -186,7 +213,7 @@ class Instance:
                 raise MachineLostError(what, subject=self.name, detail=outcome.detail) from exc
             raise
 
-    async def _take_over(self, saved: SavedGuest) -> None:
+    async def _load(self, saved: SavedGuest) -> None:
         await self._leave_memory_out()
         # Opened anew: with a position of its own.
         state = os.open(f"/proc/self/fd/{saved.state}", os.O_RDONLY | os.O_CLOEXEC)
@@ -220,6 +247,15 @@ class Instance:
         """Take it out again: the guest must have let go of it, or reads zeros from there on."""
         await self._drives.take_out(slot)
 
+    async def screenshot(self) -> bytes:
+        """What its screen shows now, as PNG.
+
+        Raises:
+            NotFoundError: it has none.
+            MachineLostError, ProtocolError: QEMU went away, or wrote no picture.
+        """
+        return await take_screenshot(self._qmp)
+
     def console_tail(self) -> str:
         return console_tail(self.files.console_log)
 
@@ -232,11 +268,17 @@ class Instance:
         self._fault = "the host's disk is full: what the guest wrote has no room"
         self._process.kill()
 
+    async def _end_when_panicked(self) -> None:
+        """Mach has no device to tell of a panic, and waits for long before it starts again."""
+        while (panic := find_panic(self.console_tail())) is None:  # noqa: ASYNC110 - nothing tells that a file has grown
+            await trio.sleep(PANIC_LOOK_S)
+        self._fault = f"the guest's kernel panicked: {panic}"
+        self._process.kill()
+
     async def _watch(self, scope: trio.CancelScope) -> None:
         with scope:
             status = await self._process.wait_ended()
-            # What QEMU said last may still be on its way through the monitor's reader.
-            events = await self._qmp.take_events()
+            events = await self._qmp.take_last_events()
             self.outcome = judge(
                 events,
                 asked=self._asked,
@@ -265,13 +307,35 @@ async def open_instance(
     purpose: Purpose,
     memory: Memory = None,
 ) -> AsyncIterator[Instance]:
-    """Start QEMU for `plan` and end it with the block.
+    """Start QEMU for `plan`, let the guest go, and end it with the block: as `open_paused_instance`, which says the rest."""
+    opened = open_paused_instance(
+        plan, instances=instances, logs=logs, bridge=bridge, cores=cores, purpose=purpose, memory=memory
+    )
+    async with opened as instance:
+        if isinstance(memory, SavedGuest):
+            await instance.take_over(memory)
+        await instance.let_go()
+        yield instance
+
+
+@asynccontextmanager
+async def open_paused_instance(
+    plan: VmPlan,
+    *,
+    instances: Path,
+    logs: Path | None,
+    bridge: Bridge,
+    cores: Sequence[int],
+    purpose: Purpose,
+    memory: Memory = None,
+) -> AsyncIterator[Instance]:
+    """Start QEMU for `plan` and end it with the block.  Its guest has not run yet.
 
     Args:
         instances: the directory below which the instance's own is made.
         logs: the directory that gets its console log and QEMU's messages when it has ended; None: nobody wants them.
         cores: the host core of each virtual CPU.
-        memory: what the guest goes on from, or where it will be saved.
+        memory: what the guest will `take_over`, or where it will be saved.
     Raises:
         PortTakenError, HostError, BootError: it did not start; nothing is left of it.
     """
@@ -290,11 +354,7 @@ async def open_instance(
         write_record(files.record, InstanceRecord.of_paused(plan, process, cores, purpose))
         qmp = await stack.enter_async_context(_first_contact(plan, files, process, bridge))
         record = await _settle(plan, files, process, qmp, cores, purpose)
-        write_record(files.record, record)
         async with _supervised(Instance(record, home, process, qmp)) as instance:
-            if isinstance(memory, SavedGuest):
-                await instance._go_on(memory)
-            await qmp.execute("cont")
             yield instance
 
 
@@ -346,6 +406,10 @@ async def _supervised(instance: Instance) -> AsyncIterator[Instance]:
     async with open_narrow_nursery() as nursery:
         nursery.start_soon(instance._watch, watching)
         nursery.start_soon(instance._end_when_disk_full)
+        if instance._target.panics_unseen:
+            nursery.start_soon(instance._end_when_panicked)
+        if instance.record.plan.has_screen:
+            nursery.start_soon(serve_screen, instance._qmp, instance.files.vnc)
         nursery.start_soon(bound_logs, lambda: (instance.files.console_log, instance.files.qemu_log))
         try:
             yield instance
@@ -366,7 +430,8 @@ async def while_running(instance: Instance, error: type[OffloadError]) -> AsyncI
 
     def ended(outcome: Outcome) -> OffloadError:
         hint = f"offload vm logs {instance.record.plan.machine}"
-        return error(f"the machine {outcome.state}: {outcome.reason}", subject=instance.name, detail=outcome.detail, hint=hint)
+        kind = RebootedError if outcome.rebooted and error is BootError else error
+        return kind(f"the machine {outcome.state}: {outcome.reason}", subject=instance.name, detail=outcome.detail, hint=hint)
 
     async def watch() -> None:
         raise ended(await instance.wait_ended())
@@ -406,17 +471,10 @@ async def _settle(
 ) -> InstanceRecord:
     """Pin the paused VM's threads and note what QEMU has made of the plan."""
     await pin(qmp, cores)
-    assert process.started is not None
-    return InstanceRecord(
-        plan=plan,
-        pid=process.pid,
-        started=process.started,
+    return replace(
+        InstanceRecord.of_paused(plan, process, cores, purpose),
         ports=parse_usernet(await qmp.human("info usernet")),
-        cores=tuple(cores),
         missing_features=missing_features(files.qemu_log.read_text(errors="replace")),
-        purpose=purpose,
-        clock_offset=plan.date.timestamp() - time.monotonic(),
-        began=time.time(),
     )
 
 

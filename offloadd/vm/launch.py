@@ -6,6 +6,7 @@ in any folder, and when the daemon is root it runs as a user that owns nothing b
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -34,12 +35,12 @@ class QemuUser:
 
 
 def launch(plan: VmPlan, files: InstanceFiles, memory: Memory = None) -> QemuProcess:
-    """Make the volatile disk and start QEMU.  Blocks for some milliseconds.
+    """Make the disk of a volatile machine and start QEMU.  Blocks for some milliseconds.
 
     Args:
         memory: None: to boot; else what the guest goes on from, or where it will be saved.
     Raises:
-        HostError: a program is missing, a file cannot be made.
+        HostError: a program is missing, a file cannot be made; another machine writes to the disk.
     """
     try:
         write_overlay(files.disk, plan.boot.disk_size or plan.boot.disk.stat().st_size)
@@ -91,17 +92,38 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: M
                 ram=open_file(_again(memory.ram), os.O_RDONLY),
                 frozen=open_file(_again(memory.frozen), os.O_RDONLY) if isinstance(memory, SavedGuest) else None,
             )
+        # Whose it is shows the user that this QEMU runs as, also where the guest writes to another one.
+        overlay = open_file(files.disk, os.O_RDWR)
         yield QemuFds(
             memory=given,
             qmp=stack.enter_context(_listen(files.qmp, plan.instance)).fileno(),
             console=stack.enter_context(_listen(files.console, plan.instance)).fileno(),
             console_log=open_file(files.console_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-            disk=open_file(files.disk, os.O_RDWR),
-            base=open_file(boot.disk, os.O_RDONLY),
+            disk=overlay if plan.volatile else stack.enter_context(_open_own(plan)),
+            base=open_file(boot.disk, os.O_RDONLY) if plan.volatile else None,
             agent=stack.enter_context(_listen(files.agent, plan.instance)).fileno() if boot.has_agent else None,
             kernel=open_file(boot.kernel, os.O_RDONLY) if boot.kernel else None,
             initramfs=open_file(boot.initramfs, os.O_RDONLY) if boot.initramfs else None,
         )
+
+
+@contextmanager
+def _open_own(plan: VmPlan) -> Iterator[int]:
+    """The disk that the guest itself writes to, locked for as long as QEMU has it, whoever ends first."""
+    path = plan.boot.disk
+    hint = "one machine alone can write to a disk; --snapshot among its options would give each its own copy"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostError(f"cannot write to its disk {path}: {exc.strerror}", subject=plan.instance) from exc
+    try:
+        # The lock is of what was opened, which QEMU gets: it ends with the last that has it.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield fd
+    except BlockingIOError as exc:
+        raise HostError(f"its disk {path} belongs to another machine that runs", subject=plan.instance, hint=hint) from exc
+    finally:
+        os.close(fd)
 
 
 def _again(fd: int) -> Path:

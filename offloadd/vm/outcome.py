@@ -14,8 +14,10 @@ from typing import Any
 
 from offloadd.model.state import MachineState
 
-_PANIC = re.compile(r"Kernel panic - not syncing: (.{1,200})")
-"""Linux' kernel/panic.c."""
+_PANIC = re.compile(
+    r"Kernel panic - not syncing: (?P<linux>.{1,200})|^panic [^\s:]{1,100}:\d{1,9}: (?P<mach>.{1,200})", re.MULTILINE
+)
+"""Linux' kernel/panic.c; GNU Mach's kern/debug.c."""
 CONSOLE_LINES = 20
 """Of a guest's last words that are kept."""
 
@@ -31,12 +33,23 @@ class Outcome:
     """QEMU's; negative: killed by that signal; None: unknown, it was adopted."""
     stderr: str
     console: str
+    rebooted: bool = False
+    """Whether the guest wanted to start again: QEMU ends instead (-no-reboot)."""
 
     @property
     def detail(self) -> str:
         """The last words of QEMU and of the guest, for an error's detail."""
         parts = [f"{label}:\n{text}" for label, text in (("qemu", self.stderr), ("console", self.console)) if text]
         return "\n".join(parts)
+
+
+def find_panic(console: str) -> str | None:
+    """What a kernel died of, as it said on its console; None when it did not.
+
+    GNU Mach starts again 20 s after that, as if it had been asked to.
+    """
+    found = _PANIC.search(console)
+    return (found["linux"] or found["mach"]) if found else None
 
 
 def judge(
@@ -52,11 +65,11 @@ def judge(
     """
     names = [event["event"] for event in events]
     causes = [_cause(event.get("data")) for event in events if event["event"] == "SHUTDOWN"]
-    panic = _PANIC.search(console)
+    panic = find_panic(console)
     if fault:
         state, reason = MachineState.CRASHED, fault
     elif "GUEST_PANICKED" in names or "guest-panic" in causes or (not asked and panic):
-        state, reason = MachineState.CRASHED, f"the guest's kernel panicked{f': {panic[1]}' if panic else ''}"
+        state, reason = MachineState.CRASHED, f"the guest's kernel panicked{f': {panic}' if panic else ''}"
     elif asked:
         state, reason = MachineState.STOPPED, "stopped by us"
     elif causes and causes[-1].startswith("guest-"):
@@ -66,8 +79,9 @@ def judge(
         state, reason = MachineState.CRASHED, f"QEMU was told to end by somebody else ({causes[-1]})"
     else:
         state, reason = MachineState.CRASHED, f"QEMU ended by itself ({_exit_words(exit_status)})"
+    rebooted = state is MachineState.STOPPED_BY_GUEST and causes[-1] == "guest-reset"
     last = "\n".join(console.splitlines()[-CONSOLE_LINES:])
-    return Outcome(state=state, reason=reason, exit_status=exit_status, stderr=stderr, console=last)
+    return Outcome(state=state, reason=reason, exit_status=exit_status, stderr=stderr, console=last, rebooted=rebooted)
 
 
 def _cause(data: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from qemu.qmp import ExecuteError, QMPClient
+from qemu.qmp import ExecuteError, QMPClient, Runstate
 from qemu.qmp.message import Message
 
 from offloadd.bridge import Bridge
@@ -23,6 +23,8 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 _KEPT_EVENTS = ("SHUTDOWN", "POWERDOWN", "GUEST_PANICKED")
 _MAX_EVENTS = 100
 """Kept of these; an honest QEMU sends one or two."""
+LAST_WORDS_S = 10.0
+"""For what a QEMU that has ended has said to be read: it is here already."""
 ANSWER_S = 60.0
 """For QEMU to answer a command, which takes it milliseconds."""
 
@@ -76,8 +78,15 @@ class Qmp:
         """Run a command of the human monitor, for what QMP does not have."""
         return str(await self.execute("human-monitor-command", command_line=command))
 
-    async def take_events(self) -> list[Message]:
-        """The events of `_KEPT_EVENTS` that came since the last call, oldest first."""
+    async def take_last_events(self) -> list[Message]:
+        """The events of `_KEPT_EVENTS` of a QEMU that has ended, oldest first: all that it has said is read before."""
+
+        async def read_out() -> None:
+            while self._client.runstate is Runstate.RUNNING:
+                await self._client.runstate_changed()
+
+        with trio.move_on_after(LAST_WORDS_S):
+            await self._bridge.call(read_out)
         return await self._bridge.run_sync(self._client.events.clear)
 
     @asynccontextmanager

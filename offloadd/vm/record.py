@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from offloadd.model.machine import OLD_SSH_PORT, SSH_PORT
 from offloadd.plan.machine import VmPlan
 from offloadd.vm.process import QemuProcess
 
@@ -36,6 +37,11 @@ class InstanceRecord:
     still while the host is suspended."""
     began: float
     """Unix time at which the guest was let go; 0 before that."""
+
+    @property
+    def ssh_port(self) -> int | None:
+        """The host's port that leads to the guest's sshd; None where none does."""
+        return self.ports.get(SSH_PORT, self.ports.get(OLD_SSH_PORT))
 
     def clock(self) -> float:
         """What the guest's clock should show now, in seconds since 1970."""

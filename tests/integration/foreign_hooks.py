@@ -54,7 +54,9 @@ while sys.stdin.buffer.peek(1):
         continue
     say("# accept")
     say("ssh-ng://somewhere")
-    seen = {{"arguments": sys.argv[1:], "settings": settings, "request": request, "inputs": strings(), "outputs": strings()}}
+    options = os.environ["NIX_SSHOPTS"].split()
+    seen = {{"arguments": sys.argv[1:], "settings": settings, "request": request, "inputs": strings(), "outputs": strings(),
+            "ssh_options": options, "ssh_config": open(options[-1]).read()}}
     os.write(4, b"the build's log\n")
     say("SEEN " + json.dumps(seen))
     sys.exit(int(os.environ.get("STATUS", "0")))

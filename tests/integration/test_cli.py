@@ -261,6 +261,7 @@ def decision(system: str, machine: str | None) -> dict[str, Any]:
         "passed_over": {"tower": "is drained"},
         "kinds": {"tower": "ssh"},
         "unrelated": [],
+        "hint": "",
     }
 
 

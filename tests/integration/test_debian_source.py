@@ -173,6 +173,19 @@ async def test_excluded_architecture_needs_no_mirror(tmp_path: Path) -> None:
         await prepare_debian(build, "aarch64-linux", sent=sent, cache=tmp_path, progress=silent, mirror=NOWHERE)
 
 
+async def test_on_the_hurd_dependencies_are_the_guests_affair(tmp_path: Path) -> None:
+    write_dsc(tmp_path / "foo", needs="nosuchpackage", architecture="hurd-any")
+    sent = send(tmp_path / "foo", tmp_path)
+    build = DebianBuild(package="foo", dsc="foo_1.dsc")
+    for system in ("i586-gnu", "x86_64-gnu"):
+        prepared = await prepare_debian(build, system, sent=sent, cache=tmp_path, progress=silent, mirror=NOWHERE)
+        assert prepared.recipe.packages == ()
+        assert [path.name for path in prepared.sources] == ["foo_1.dsc", "foo_1.tar.gz"]
+        assert "dpkg-buildpackage" in prepared.recipe.steps[-1]
+    with pytest.raises(NoMachineError, match="not for amd64"):
+        await prepare_debian(build, "x86_64-linux", sent=sent, cache=tmp_path, progress=silent, mirror=NOWHERE)
+
+
 async def test_source_of_a_recipe(archive: Archive) -> None:
     paths = await fetch_sources([Source(debian="hello")], archive, lambda name, have, size: None)
     assert paths[0].name.startswith("hello_2")

@@ -176,6 +176,19 @@ def test_machines_whose_key_is_not_copied_do_not_exist(door: Path, world: World,
         assert str(world.root).encode() not in text
 
 
+def test_a_file_that_is_wrong_takes_no_other_machine_away(door: Path, world: World) -> None:
+    """Who writes a machine's file leaves it half written now and then; builds would be done here without a word."""
+    wrong = world.root / "config/offload/machines/wrong.yaml"
+    wrong.write_text("kind: build-vm\nima")
+    try:
+        assert b"/ssh/tower" in ask(door, "GET", "/v1/offers/guix")[1]
+        sock, said = lease(door)
+        sock.close()
+    finally:
+        wrong.unlink()
+    assert said["decision"] == "accept"
+
+
 def test_an_exported_live_list_asks_there_too(door: Path, world: World, etc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUIX_CONFIGURATION_DIRECTORY", str(etc / "guix"))
     assert f'(define socket-file "{door}")' in world.run("machine", "export", "--format", "guix", "--live").stdout

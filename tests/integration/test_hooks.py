@@ -303,7 +303,8 @@ def test_nix_accepted_build_is_done_by_nix_with_our_line(world: World) -> None:
     assert status == 5
     assert seen["arguments"] == ["__build-remote", "3"]
     builders = seen["settings"]["builders"].split()
-    assert builders[:3] == ["ssh-ng://offload@127.0.0.1:9", "x86_64-linux", "/keys/tower"]
+    assert builders[:3] == ["ssh-ng://offload@127.0.0.1", "x86_64-linux", "/keys/tower"]
+    assert seen["ssh_config"].startswith("Host 127.0.0.1\n  Port 9\nHost *\nInclude ~/.ssh/config\n")
     assert seen["settings"]["note"] == "ä"
     assert seen["request"] == [1, "x86_64-linux", "/nix/store/hello.drv", ["kvm"]]
     assert (len(seen["inputs"]), seen["outputs"]) == (10_000, ["out"])
@@ -339,7 +340,38 @@ def test_nix_without_a_daemon_is_plain_nix(world: World, tmp_path: Path) -> None
     with hook(world, "nix-hook", "3", OFFLOAD_SOCKET=nobody) as asked:
         asked.tell(nix_settings(builders="ssh://theirs x86_64-linux") + nix_request())
         assert asked.reply() == "# accept"
-        assert asked.end(strings([]) + strings(["out"]))[1]["settings"]["builders"] == "ssh://theirs x86_64-linux"
+        seen = asked.end(strings([]) + strings(["out"]))[1]
+    assert seen["settings"]["builders"] == "ssh://theirs x86_64-linux"
+    assert seen["ssh_config"] == "Host *\nInclude ~/.ssh/config\nInclude /etc/ssh/ssh_config\n"
+
+
+def test_nix_with_its_own_machines_may_be_asked_before_ours(world: World) -> None:
+    """The real program that has them answers again and again; another one gets ours."""
+    with hook(world, "nix-hook", "3", NIX_SSHOPTS="-p 7 -F /theirs") as asked:
+        asked.tell(nix_settings(builders="ssh://theirs x86_64-linux"))
+        for _ in range(2):
+            asked.tell(nix_request("aarch64-linux"))
+            assert asked.reply() == "# decline"
+        asked.tell(nix_request())
+        assert asked.reply() == "# accept"
+        seen = asked.end(strings([]) + strings(["out"]))[1]
+    assert seen["settings"]["builders"].startswith("ssh-ng://offload@127.0.0.1 ")
+    assert seen["ssh_options"][:-1] == ["-p", "7", "-F", "/theirs", "-F"]
+    assert seen["ssh_config"].endswith("Host *\nInclude /theirs\n")
+
+
+def test_a_real_program_that_is_not_needed_is_gone(world: World, tmp_path: Path) -> None:
+    program = tmp_path / "nix"
+    program.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/pids\nexec sleep 600\n")
+    program.chmod(0o755)
+    with hook(world, "nix-hook", "3", OFFLOAD_NIX=str(program)) as first, hook(world, "nix-hook", "3") as second:
+        second.tell(nix_settings() + nix_request())
+        assert second.reply() == "# accept"
+        first.tell(nix_settings() + nix_request(willing=0))
+        assert first.reply() == "# postpone"
+        assert first.end() == (0, {}, b"")
+    (started,) = (tmp_path / "pids").read_text().split()
+    assert not Path("/proc", started).exists()
 
 
 def test_nix_that_sends_nonsense_is_told(world: World) -> None:

@@ -97,12 +97,13 @@ async def test_an_event_without_what_belongs_to_it(bridge: Bridge, tmp_path: Pat
             await qemu.wait_disk_full()
 
 
-async def test_events_without_end_are_not_kept(bridge: Bridge, tmp_path: Path) -> None:
+async def test_events_without_end_are_not_kept(bridge: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "LAST_WORDS_S", 0.2)
     events = line({"event": "SHUTDOWN", "data": {}, "timestamp": TIME}) * 500
     async with monitor(tmp_path, bridge, lambda command: events + line({"return": {}, "id": command["id"]})) as qemu:
         with trio.fail_after(20):
             await qemu.execute("cont")
-        assert len(await qemu.take_events()) == 100
+        assert len(await qemu.take_last_events()) == 100
 
 
 async def test_a_qemu_that_does_not_answer(bridge: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

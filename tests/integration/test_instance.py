@@ -484,7 +484,7 @@ async def test_a_full_disk_is_the_end(cramped: Bench) -> None:
 
 
 async def test_a_disk_that_was_full_before_the_instance_is_adopted(cramped: Bench) -> None:
-    leave(cramped, cramped.plan(FILL), before="_supervised")
+    leave(cramped, cramped.plan(FILL), before="resume")
     await left_qemu(cramped)
     async with open_qmp(cramped.bridge, cramped.instances / "m/qmp.sock", "m") as qmp:
         await qmp.execute("cont")
@@ -510,7 +510,7 @@ def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 for name in sys.argv[3:]:
-    setattr(instance, name, die)
+    setattr(instance.Instance if hasattr(instance.Instance, name) else instance, name, die)
 
 async def main():
     plan = TypeAdapter(VmPlan).validate_json(sys.argv[2])
@@ -529,7 +529,7 @@ def leave(bench: Bench, plan: VmPlan, before: str | None = None) -> None:
     """Start an instance in a process that is then killed, as a daemon may be.
 
     Args:
-        before: the function of `offloadd.vm.instance` at whose call it dies; None: when the instance runs.
+        before: the function of `offloadd.vm.instance`, or of an instance, at whose call it dies; None: when the instance runs.
     """
     plan_text = TypeAdapter(VmPlan).dump_json(plan).decode()
     command = [sys.executable, "-c", FORGETFUL, str(bench.root), plan_text, *([before] if before else [])]
@@ -653,7 +653,7 @@ async def test_a_qemu_that_hangs_when_it_is_found_is_killed(
 
 
 async def test_a_guest_that_was_about_to_be_let_go_is_let_go(bench: Bench) -> None:
-    leave(bench, bench.plan(say(b"at last\r\n") + HALT), before="_supervised")
+    leave(bench, bench.plan(say(b"at last\r\n") + HALT), before="resume")
     async with bench.adopt() as instance:
         assert instance is not None
         await wait_for_console(instance, "at last")

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import trio
 
+from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver, unpack_outputs
-from offloadd.builder.run import Job, Report, run_build
+from offloadd.builder.run import run_build
 from offloadd.environment.recipe import environment_recipe
 from offloadd.environment.root import RootStore
 from offloadd.environment.store import Environment, EnvironmentStore

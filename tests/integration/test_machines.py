@@ -82,7 +82,7 @@ def test_all_kinds_are_listed(world: World) -> None:
 def test_only_virtual_machines_are_vms(world: World) -> None:
     rows = world.json("vm", "list")
     assert {"build-vm"} <= {row["name"] for row in rows}
-    assert all(row["kind"] in ("build-vm", "emulated-vm") for row in rows)
+    assert all(row["kind"] in ("build-vm", "childhurd", "emulated-vm") for row in rows)
     for words in (("vm", "show", "tower"), ("vm", "start", "tower"), ("vm", "stop", "local"), ("vm", "ssh", "tower")):
         refused = world.run(*words, status=2)
         assert "is no virtual machine" in refused.stderr

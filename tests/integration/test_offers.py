@@ -90,6 +90,20 @@ def test_one_whose_keys_cannot_be_read_keeps_no_other_away(world: World) -> None
     assert len(offers(world)) == 2
 
 
+def test_a_file_that_is_wrong_keeps_no_other_away(world: World) -> None:
+    """Somebody is just writing it.  Build daemons would build by themselves what they have a machine for."""
+    offers(world)
+    wrong = world.root / "config/offload/machines/wrong.yaml"
+    wrong.write_text("kind: build-vm\nima")
+    try:
+        assert '"far"' in get(world, "/v1/offers/guix").decode()
+        told = world.run("machine", "export", "--format", "guix", status=3).stderr
+        assert "wrong.yaml:2" in told
+    finally:
+        wrong.unlink()
+    assert len(offers(world)) == 2
+
+
 def test_a_live_list_has_what_runs(world: World) -> None:
     offers(world)
     (datum,) = read_all(get(world, "/v1/offers/guix").decode("ascii"), "answer")

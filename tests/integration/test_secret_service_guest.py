@@ -1,4 +1,5 @@
-"""The real secret service of the guest against the real sender, and against peers that mean it ill."""
+"""The real secret services of the guests, Linux's in Python and Debian GNU/Hurd's in Perl, against the real sender, and
+against peers that mean it ill."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ import trio
 from offloadd.errors import ProtocolError
 from offloadd.guest.secret_service import HELLO, SecretFile, deliver_secrets, encode_header
 
-PROGRAM = Path(__file__).parents[2] / "images/guest/secret-service"
+GUEST = Path(__file__).parents[2] / "images/guest"
+PROGRAMS = {"linux": GUEST / "secret-service", "hurd": GUEST / "hurd/secret-service"}
 LIMIT_S = 30.0
 
 
 class Service:
     """A running secret service on a port that the kernel chose."""
 
-    def __init__(self, root: Path, *options: str) -> None:
-        command = [str(PROGRAM), "--root", str(root), "--port", "0", *options]
+    def __init__(self, program: Path, root: Path, *options: str) -> None:
+        command = [str(program), "--root", str(root), "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         found = re.search(r"port (\d+)", self.process.stderr.readline())
@@ -60,12 +62,17 @@ def outside(tmp_path: Path) -> Path:
     return outside
 
 
+@pytest.fixture(params=PROGRAMS)
+def program(request: pytest.FixtureRequest) -> Path:
+    return PROGRAMS[request.param]
+
+
 @pytest.fixture
-def start(guest: Path) -> Iterator[Callable[..., Service]]:
+def start(guest: Path, program: Path) -> Iterator[Callable[..., Service]]:
     started: list[Service] = []
 
     def start(*options: str) -> Service:
-        started.append(Service(guest, *options))
+        started.append(Service(program, guest, *options))
         return started[-1]
 
     yield start
@@ -100,15 +107,19 @@ def secret_root(tmp_path: Path) -> Path:
     return root
 
 
+ROOT_KEYS = 'command="/usr/lib/offload/install-packages",restrict ssh-ed25519 AAAA\n'
+
+
 async def test_the_real_sender_delivers_names_contents_and_modes(
-    start: Callable[..., Service], guest: Path, tmp_path: Path
+    start: Callable[..., Service], guest: Path, tmp_path: Path, program: Path
 ) -> None:
     service, root = start(), secret_root(tmp_path)
     with trio.fail_after(LIMIT_S):
         await deliver_secrets(service.port, root, machine="m")
     assert service.wait() == (0, "secret-service: installed 6 files\n")
     sent = {name: text for name, text in listing(root).items() if text is not None}
-    assert {name: text for name, text in listing(guest).items() if text is not None} == sent | {"etc/ssh/old": "old"}
+    made = {"etc/ssh/authorized_keys.d/root": ROOT_KEYS} if program == PROGRAMS["hurd"] else {}
+    assert {name: text for name, text in listing(guest).items() if text is not None} == sent | {"etc/ssh/old": "old"} | made
     for name in sent:
         assert (guest / name).lstat().st_mode == (root / name).stat().st_mode
     assert not (guest / "link").is_symlink()
@@ -337,6 +348,53 @@ def test_files_that_were_there_are_replaced_not_written_through(
     assert listing(guest) == {"etc": None, "etc/ssh": None, "etc/ssh/new": "abc", "etc/ssh/old": "xy"}
 
 
+KEYS = """ssh-ed25519 AAAA+/= somebody@somewhere
+# a comment
+command="sh" ssh-ed25519 BBBB
+ssh-ed25519 CC"CC
+ssh-ed25519
+no-pty ssh-ed25519 DDDD
+
+ssh-rsa EEEE"""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_key_is_root_s_for_one_command_on_the_hurd(guest: Path, own: bool) -> None:
+    service = Service(PROGRAMS["hurd"], guest)
+    folder = "/etc/ssh/authorized_keys.d"
+    others = [f'("{folder}/root" 3 33152)'] if own else []
+    with service.connect() as peer:
+        send_quietly(peer, header(f'("{folder}/offloading" {len(KEYS)} 33060)', *others) + KEYS.encode() + b"own"[: 3 * own])
+    assert service.wait() == (0, f"secret-service: installed {1 + own} files\n")
+    forced = 'command="/usr/lib/offload/install-packages",restrict '
+    expected = f"{forced}ssh-ed25519 AAAA+/=\n{forced}ssh-rsa EEEE\n"
+    assert (guest / f".{folder}/root").read_text() == ("own" if own else expected)
+    assert (guest / f".{folder}/offloading").read_text() == KEYS
+
+
+def test_without_secrets_the_hurd_reboots_and_nothing_else_starts(guest: Path) -> None:
+    service = Service(PROGRAMS["hurd"], guest, "--timeout", "0.2", "--reboot", f"touch {guest}/rebooted; echo rebooted >&2")
+    assert service.process.stderr is not None
+    told = [service.process.stderr.readline() for _ in range(3)]
+    assert told == ["secret-service: no secrets within 0.2 s\n", "secret-service: rebooting\n", "rebooted\n"]
+    assert (guest / "rebooted").exists()
+    # init would start sshd as soon as it ends.
+    with pytest.raises(subprocess.TimeoutExpired):
+        service.process.wait(0.3)
+    service.process.kill()
+    service.process.communicate()
+
+
+def test_the_hurd_s_programs_need_no_more_than_perl_base() -> None:
+    listed = subprocess.run(["dpkg", "-L", "perl-base"], capture_output=True, text=True, check=True).stdout
+    for program in ("secret-service", "install-packages"):
+        text = (GUEST / "hurd" / program).read_text()
+        modules = set(re.findall(r"^use ([A-Z][\w:]+)", text, re.MULTILINE))
+        missing = {name for name in modules if f"/{name.replace('::', '/')}.pm\n" not in listed}
+        assert not missing
+        assert text.startswith("#!/usr/bin/perl\n")
+
+
 def test_no_files_is_a_valid_answer(start: Callable[..., Service], guest: Path) -> None:
     before = listing(guest)
     service = start()
@@ -346,11 +404,11 @@ def test_no_files_is_a_valid_answer(start: Callable[..., Service], guest: Path) 
     assert listing(guest) == before
 
 
-def test_wrong_usage() -> None:
+def test_wrong_usage(program: Path) -> None:
     for arguments in (["--port"], ["--what", "1"], ["--port", "x"]):
-        assert subprocess.run([PROGRAM, *arguments], stderr=subprocess.DEVNULL, check=False).returncode == 2
+        assert subprocess.run([program, *arguments], stderr=subprocess.DEVNULL, check=False).returncode == 2
 
 
 def test_a_secret_has_no_content_in_its_repr() -> None:
     assert "key" not in repr(SecretFile("/a", 0o600, b"key"))
-    assert os.access(PROGRAM, os.X_OK)
+    assert all(os.access(program, os.X_OK) for program in PROGRAMS.values())

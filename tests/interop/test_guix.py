@@ -11,15 +11,15 @@ import pytest
 
 from offloadd.guix.acl import open_acl
 from offloadd.guix.files import store_owner
-from offloadd.guix.key import KeyPair, make_signing_key, read_public_key
+from offloadd.guix.key import KeyPair, make_signing_key
 from offloadd.guix.machines import render_guix
 
 from .conftest import MakeNode
 from .derivations import guix_build
 from .node import Node
 from .offers import make_client_key, offer_of
+from .trust import GUIX, trust_each_other
 
-GUIX = "/etc/guix"
 BY_HAND = f"(acl (entry (public-key (ecc (curve Ed25519) (q #{'ab' * 32}#))) (tag (guix import))))"
 
 
@@ -77,12 +77,8 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(make_node: MakeNode) -> Pair:
     a, b = make_node("a"), make_node("b")
-    b.run("guix", "archive", "--generate-key")
     key = make_signing_key(a.path(GUIX), store_owner(a.path("/gnu/store")))
-    with open_acl(b.path(f"{GUIX}/acl")) as acl:
-        acl.authorize(key.public)
-    with open_acl(a.path(f"{GUIX}/acl")) as acl:
-        acl.authorize(read_public_key(b.path(f"{GUIX}/signing-key.pub")))
+    trust_each_other(a.path(GUIX), b)
     host_key = b.start_sshd(make_client_key(a))
     a.install(f"{GUIX}/machines.scm", render_guix([offer_of(b, host_key)]))
     b.start_guix_daemon()

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from offloadd.guix.acl import open_acl
 from offloadd.guix.files import store_owner
-from offloadd.guix.key import make_signing_key, read_public_key
+from offloadd.guix.key import make_signing_key
 
 from ..conftest import REPOSITORY, World
 from .conftest import MakeNode
 from .derivations import guix_build, nix_build
 from .node import Node
 from .offers import CLIENT_KEY, make_client_key
-
-GUIX = "/etc/guix"
+from .trust import GUIX, trust_each_other
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,8 @@ class Pair:
 def pair(make_world: Callable[[], World], make_node: MakeNode) -> Pair:
     world = make_world()
     a, b = make_node("a", [REPOSITORY, world.root]), make_node("b")
-    b.run("guix", "archive", "--generate-key")
-    key = make_signing_key(a.path(GUIX), store_owner(a.path("/gnu/store")))
-    with open_acl(b.path(f"{GUIX}/acl")) as acl:
-        acl.authorize(key.public)
-    with open_acl(a.path(f"{GUIX}/acl")) as acl:
-        acl.authorize(read_public_key(b.path(f"{GUIX}/signing-key.pub")))
+    make_signing_key(a.path(GUIX), store_owner(a.path("/gnu/store")))
+    trust_each_other(a.path(GUIX), b)
     host_key = b.start_sshd(make_client_key(a))
     folder = world.root / "config/offload/machines"
     folder.mkdir(parents=True)
@@ -98,6 +92,8 @@ def test_nix_builds_on_our_machine(pair: Pair, jobs: str) -> None:
     done = nix_build(pair.a, name, f"echo {name} >$out", *HOOK, "--builders", "", "--max-jobs", jobs, features=["big-parallel"])
     assert pair.a.path(done.stdout.strip()).read_text() == f"{name}\n"
     assert list(pair.b.path("/nix/var/log/nix/drvs").glob(f"*/*{name}.drv*"))
+    # Without a port, which most versions of Nix do not take there: ssh has it from us.
+    assert "on 'ssh-ng://offloading@127.0.0.1'" in done.stderr
 
 
 def test_nix_build_that_fails_there_fails_here(pair: Pair) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from offloadd.guix.acl import open_acl
 from offloadd.guix.files import store_owner
-from offloadd.guix.key import read_public_key
 
 from ..conftest import REPOSITORY, World
 from .conftest import MakeNode
 from .derivations import guix_build
 from .node import Node
+from .trust import trust_each_other
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,7 @@ def pair(make_world: Callable[[], World], make_node: MakeNode) -> Pair:
     if not python.exists():
         python.parent.mkdir(parents=True, exist_ok=True)
         python.symlink_to("/usr/bin/python3")
-    b.run("guix", "archive", "--generate-key")
-    with open_acl(b.path("/etc/guix/acl")) as acl:
-        acl.authorize(read_public_key(etc / "signing-key.pub"))
-    with open_acl(etc / "acl") as acl:
-        acl.authorize(read_public_key(b.path("/etc/guix/signing-key.pub")))
+    trust_each_other(etc, b)
     b.start_guix_daemon()
     a.start_guix_daemon(env={"GUIX": f"{etc}/offload/hook", "GUIX_CONFIGURATION_DIRECTORY": str(etc)})
     return Pair(world, a, b, etc)
@@ -75,6 +70,12 @@ def _owner(node: Node) -> tuple[int, int]:
     assert owner is not None
     assert owner.uid != 0
     return owner
+
+
+def explain(pair: Pair, said: str) -> str:
+    """What everybody has said, for the message of a failed test."""
+    log = pair.world.state / "offloadd.log"
+    return f"{said}\n--- offloadd\n{log.read_text()}\n{pair.a.logs()}\n{pair.b.logs()}"
 
 
 def status(pair: Pair) -> str:
@@ -90,10 +91,12 @@ def test_its_hook_builds_on_our_machine(pair: Pair) -> None:
     # Without it guix itself, which the hook leaves to its own when it does not reach our daemon, has no machine.
     machines = pair.etc / "machines.scm"
     machines.rename(pair.etc / "away")
-    done = guix_build(pair.a, "unprivileged", "echo unprivileged >$out")
-    (pair.etc / "away").rename(machines)
+    try:
+        done = guix_build(pair.a, "unprivileged", "echo unprivileged >$out")
+    finally:
+        (pair.etc / "away").rename(machines)
     assert pair.a.path(done.stdout).read_text() == "unprivileged\n"
-    assert list(pair.b.path("/var/log/guix/drvs").glob("*/*unprivileged.drv*"))
+    assert list(pair.b.path("/var/log/guix/drvs").glob("*/*unprivileged.drv*")), explain(pair, done.stderr)
     assert not list(pair.a.path("/tmp").glob("offload-hook-*"))
 
 
@@ -120,7 +123,8 @@ def test_without_offload_its_guix_does_the_rest(pair: Pair) -> None:
 
 def test_its_list_has_the_machine_while_our_daemon_runs(pair: Pair) -> None:
     """The last one: it ends the daemon."""
-    assert "127.0.0.1" in status(pair)
+    said = status(pair)
+    assert "127.0.0.1" in said, explain(pair, said)
     pair.world.stop_daemon()
     assert "127.0.0.1" not in status(pair)
     done = guix_build(pair.a, "alone", "echo alone >$out")

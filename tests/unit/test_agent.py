@@ -16,7 +16,7 @@ from trio.testing import lockstep_stream_pair, memory_stream_pair
 
 from offloadd.builder import run
 from offloadd.builder.outputs import open_outputs_receiver
-from offloadd.builder.run import Job, Report
+from offloadd.builder.job import Job, Report
 from offloadd.errors import AgentError, BuildTimeoutError, OffloadError, ProtocolError, TransientError, UsageError
 from offloadd.guest import frames as build_frames
 from offloadd.guest.agent import Agent, client

@@ -34,7 +34,7 @@ def question(*, after_loss: bool = False) -> bytes:
 
 @given(st.lists(guest_frames), st.lists(st.integers(0, 3000)))
 def test_the_host_reads_what_the_guest_packs_in_whatever_pieces(frames: list[Frame], cuts: list[int]) -> None:
-    packed = b"".join(guest.head(ord(one.kind), one.channel, len(one.payload)) + one.payload for one in frames)
+    packed = b"".join(guest.head(one.kind.decode(), one.channel, len(one.payload)) + one.payload for one in frames)
     decoder = Decoder()
     assert [frame for piece in pieces(packed, cuts) for frame in decoder.feed(piece)] == frames
 
@@ -102,7 +102,7 @@ def test_the_answer_is_found_behind_whatever_was_left_on_the_way(before: bytes, 
     hello = Hello()
     (_, _, payload), *_ = guest.Cutter().feed(hello.question(after_loss=False))
     answer = guest.answer_hello(payload)
-    said = before + guest.head(ord("h"), 0, len(answer)) + answer + after
+    said = before + guest.head("h", 0, len(answer)) + answer + after
     found: bytes | None = None
     for piece in pieces(said, cuts):
         found = hello.search(piece) if found is None else found + piece

@@ -14,10 +14,11 @@ import trio
 import trio.testing
 
 from offloadd.config.library import Library
+from offloadd.daemon.active import ActiveBuild
 from offloadd.daemon.builds import SOURCE_S, Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.machines import Machines
-from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.perform import Performer
 from offloadd.daemon.pool import Pool
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import BuildFailedError, BuildTimeoutError, NotFoundError, SshError

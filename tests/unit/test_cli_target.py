@@ -50,6 +50,69 @@ def test_a_package(word: str, package: str, version: str | None, name: str) -> N
     assert target.directory is None
 
 
+@pytest.mark.parametrize(
+    ("word", "name", "version", "result"),
+    [
+        ("guix:hello", "hello", "0", "hello"),
+        ("guix:gtk+@3.24.1", "gtk+", "3.24.1", "gtk+-3.24.1"),
+        ("guix:texlive-latex-g.b4e", "texlive-latex-g.b4e", "0", "texlive-latex-g.b4e"),
+    ],
+)
+def test_a_guix_package(here: Path, word: str, name: str, version: str, result: str) -> None:
+    (here / word).mkdir()  # no matter
+    target = find_target(word, Changes(requirements={"features": ("big",), "timeout": "1h"}), DebianOptions())
+    work, package = target.work, word.removeprefix("guix:")
+    assert isinstance(work, BuildRecipe)
+    assert (work.name, work.version, target.name, target.directory) == (name, version, result, None)
+    assert work.steps == (f"guix build {package}", f"guix archive --export --recursive {package} > {package}.nar")
+    assert work.outputs == (f"{package}.nar",)
+    assert (work.features, work.network, work.timeout) == (("guix", "big"), True, 3600)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "-f",
+        "--load-path=x",
+        "a b",
+        "a;b",
+        "a$(b)",
+        "a`b`",
+        "a&b",
+        "a|b",
+        "a>b",
+        "../a",
+        "a/b",
+        "a@",
+        "@1",
+        "a@-b",
+        "a@1@2",
+        "a\nb",
+        "a\n",
+        "a'b",
+        'a"b',
+        "a\\b",
+        "~a",
+        "a*",
+        "\u00e4",
+        "\u0661",
+        "a:out",
+        "a" * 65,
+    ],
+)
+def test_no_name_of_a_guix_package(name: str) -> None:
+    with pytest.raises(UsageError, match="is no name of a Guix package"):
+        find_target(f"guix:{name}", Changes(), DebianOptions())
+
+
+def test_options_that_no_guix_package_has() -> None:
+    with pytest.raises(UsageError, match="--no-check is for Debian packages"):
+        find_target("guix:hello", Changes(), DebianOptions(check=False))
+    with pytest.raises(UsageError, match="--output is for a directory, not for a Guix package"):
+        find_target("guix:hello", Changes(outputs=("x",)), DebianOptions())
+
+
 def test_a_directory_comes_before_a_package(here: Path) -> None:
     project(here / "hello")
     assert isinstance(find_target("hello", Changes(), DebianOptions()).work, BuildRecipe)
@@ -117,6 +180,7 @@ def decision(**changes: Any) -> dict[str, Any]:
         "passed_over": {"arm": "is drained", "build-vm": "builds x86", "local": "builds x86_64-linux, not aarch64-linux"},
         "kinds": {"arm": "ssh", "build-vm": "build-vm", "local": "local"},
         "unrelated": ["build-vm", "local"],
+        "hint": "",
         **changes,
     }
 
@@ -129,10 +193,11 @@ def test_the_decision_as_a_table() -> None:
         "-     arm      ssh     no: is drained",
         "not for aarch64-linux: build-vm, local",
     ]
-    nobody = decision(machine=None, candidates=[], passed_over={"local": "builds x86"}, unrelated=["local"])
+    nobody = decision(machine=None, candidates=[], passed_over={"local": "builds x86"}, unrelated=["local"], hint="do this")
     assert decision_table(nobody).splitlines() == [
         "aarch64-linux: no machine can do this build",
         "not for aarch64-linux: local",
+        "hint: do this",
     ]
 
 

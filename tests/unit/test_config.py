@@ -308,8 +308,21 @@ def test_what_is_shipped_is_right() -> None:
     library = load_library([shipped()])
     assert library.vm("build-vm").image == "debian"
     kinds = {machine.kind for machine in library.machines.values()}
-    assert kinds == {"local", "binfmt", "build-vm", "emulated-vm"}, "an ssh host is always somebody's own"
+    assert kinds == {"local", "binfmt", "build-vm", "emulated-vm", "childhurd"}, "an ssh host is always somebody's own"
     assert library.folders["debian"] == shipped() / "images"
+
+
+def test_a_childhurd_is_a_hurd_vm_too(tmp_path: Path) -> None:
+    write(tmp_path, "machines/childhurd1.yaml", "like: childhurd\nid: 1\n")
+    library = load_library([shipped(), tmp_path])
+    assert library.vm("hurd-vm") is library.vm("childhurd")
+    assert library.vm("hurd-vm1") is library.vm("childhurd1")
+    assert library.vm("hurd-vm1").port_forwardings == {12004: 1004, 11022: 22, 16900: 5900}
+    for name in ("hurd-vm2", "hurd-vmx", "a-hurd-vm"):
+        with pytest.raises(NotFoundError):
+            library.vm(name)
+    write(tmp_path, "machines/hurd-vm.yaml", "like: build-vm\n")
+    assert load_library([shipped(), tmp_path]).vm("hurd-vm").kind == "build-vm"
 
 
 def test_the_users_files_override_by_name(tmp_path: Path) -> None:
@@ -430,6 +443,9 @@ def test_the_shelf_sees_every_change(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ConfigError):
             shelf.library()
+        assert shelf.last_right().vm("m").cpu_count == 5
+    with pytest.raises(ConfigError):
+        Shelf([tmp_path]).last_right()
     (tmp_path / "machines/wrong.yaml").unlink()
     assert shelf.library().vm("m").cpu_count == 5
 

@@ -19,7 +19,7 @@ from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import BootError, NoMachineError
-from offloadd.model.machine import LocalMachine, Machine
+from offloadd.model.machine import KINDS, LocalMachine, Machine
 from offloadd.route import MachineFacts, Needs
 from offloadd.store.database import Database, open_database
 
@@ -42,11 +42,13 @@ class Looks:
 
     def __init__(self, database: Database, slots: Slots) -> None:
         self.loads: dict[str, float] = {}
+        self.worth: Callable[[Machine], bool] = lambda machine: True
         self._database = database
         self._slots = slots
 
     async def facts(self, machines: Mapping[str, Machine], *, worth: Callable[..., bool]) -> dict[str, MachineFacts]:
         found = {name: self._facts(name) for name in machines}
+        self.worth = worth
         await trio.sleep(0.001)
         return found
 
@@ -190,3 +192,30 @@ async def test_machine_faults_open_the_breaker(database: Database) -> None:
     assert database.breaker("a").failures == 3
     with pytest.raises(NoMachineError):
         (await farm.dispatcher.decide(Needs(system="x86_64-linux", name="n"))).best()
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"tower"}),
+        ({"system": "i586-gnu"}, {"kept"}),
+        ({"system": "i586-gnu", "keep_machine": True}, {"kept", "thrown-away"}),
+        ({"debian": True}, set()),
+        ({"keep_machine": True}, set()),
+        ({"machine": "tower", "system": "i586-gnu"}, {"tower"}),
+        ({"machine": "thrown-away", "system": "i586-gnu"}, set()),
+    ],
+)
+async def test_only_who_could_be_chosen_is_asked(database: Database, asked: dict[str, Any], expected: set[str]) -> None:
+    remote = {"systems": ["x86_64-linux"], "host": "h", "host-key": "ssh-ed25519 AAAA", "private-key": "/k"}
+    declared: list[dict[str, Any]] = [
+        {"kind": "ssh", "name": "tower", **remote},
+        {"kind": "childhurd", "name": "thrown-away", "image": "hurd-guix"},
+        {"kind": "childhurd", "name": "kept", "image": "hurd-guix", "options": []},
+    ]
+    machines = {fields["name"]: KINDS[fields["kind"]].model_validate(fields) for fields in declared}
+    slots = Slots()
+    looks = Looks(database, slots)
+    dispatcher = Dispatcher(cast(Workshop, Shop(database, machines)), cast(Survey, looks), slots)
+    await dispatcher.decide(Needs(**{"system": "x86_64-linux", "name": "p", **asked}))
+    assert {name for name, machine in machines.items() if looks.worth(machine)} == expected

@@ -54,6 +54,7 @@ def test_parse(text: str) -> None:
         ("hello_2.10-3.debian.tar.xz", 12684),
     ]
     assert dsc.files[0].sha256 == DIGEST
+    assert dsc.build_depends == ("debhelper-compat (= 13)", "help2man")
 
 
 def test_native_directory() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from offloadd.daemon.host_memory import HostMemory
-from offloadd.daemon.keeping import CALM_S, IDLE_S, PRESSURE_LIMIT, RECOVERY_S, Facts, Idle, Verdict, Want, judge_pool
+from offloadd.daemon.keeping import CALM_S, IDLE_S, PRESSURE_LIMIT, RECOVERY_S, Facts, Idle, Kind, Verdict, Want, judge_pool
 
 NOW = 10_000.0
 GIB = 1 << 30
@@ -17,12 +17,19 @@ def memory(available: float = 8 * GIB, pressure: float | None = 0.0) -> HostMemo
     return HostMemory(total=16 * GIB, available=int(available), pressure=pressure)
 
 
-def want(machine: str = "m", digest: str = "t", count: int = 1, used: float = NOW - 10, memory_mib: int = 2048) -> Want:
-    return Want(machine=machine, digest=digest, count=count, used=used, memory_mib=memory_mib)
+def want(
+    machine: str = "m",
+    digest: str = "t",
+    count: int = 1,
+    used: float = NOW - 10,
+    memory_mib: int = 2048,
+    kind: Kind = "warm",
+) -> Want:
+    return Want(machine=machine, kind=kind, digest=digest, count=count, used=used, memory_mib=memory_mib)
 
 
-def idle(name: str, machine: str = "m", digest: str = "t", since: float = NOW - 5) -> Idle:
-    return Idle(name=name, machine=machine, digest=digest, since=since)
+def idle(name: str, machine: str = "m", digest: str = "t", since: float = NOW - 5, kind: Kind = "warm") -> Idle:
+    return Idle(name=name, machine=machine, kind=kind, digest=digest, since=since)
 
 
 def judge(**given: Any) -> Verdict:
@@ -51,6 +58,28 @@ def test_one_at_a_time_and_not_while_a_build_begins() -> None:
     assert judge(making=True).make is None
     assert judge(last_move=NOW - CALM_S / 2).make is None
     assert judge(last_move=NOW - CALM_S * 2).make is not None
+
+
+def test_one_that_is_only_started_is_made_at_any_time() -> None:
+    both = [want(kind="started"), want(kind="warm")]
+    assert judge(wants=both, last_move=NOW).make == both[0]
+    assert judge(wants=both, last_move=NOW, idle=[idle("a", kind="started")]).make is None
+    # One kind is not taken for the other.
+    assert judge(wants=both, idle=[idle("a", kind="started")]).make == both[1]
+    assert judge(wants=both, idle=[idle("a", kind="warm")]).make == both[0]
+    assert judge(wants=both, idle=[idle("a", kind="started"), idle("b")]).make is None
+    assert judge(wants=both, making=True).make is None
+
+
+def test_what_is_started_goes_as_the_others_do() -> None:
+    started, one = want(kind="started"), idle("a", kind="started")
+    assert judge(wants=[started], idle=[one]).give_up == []
+    assert judge(wants=[started], idle=[one], memory=memory(pressure=50.0)).give_up == ["a"]
+    assert judge(wants=[want(digest="new", kind="started")], idle=[one]).give_up == ["a"]
+    assert judge(wants=[want(kind="started", used=NOW - IDLE_S)], idle=[one]).give_up == ["a"]
+    # Whatever the guest's memory, it costs little.
+    assert judge(wants=[want(kind="started", memory_mib=1 << 20)], memory=memory(4.07 * GIB)).make is not None
+    assert judge(wants=[want(kind="started")], memory=memory(4.06 * GIB)).make is None
 
 
 def test_the_machine_that_was_used_last_comes_first() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offloadd.errors import ConfigError, NotFoundError, UsageError
 from offloadd.model.offer import Offer
-from offloadd.nix.machines import NixScheme, nix_line, render_ssh_config
+from offloadd.nix.machines import NixScheme, nix_line, render_port, render_ssh_config
 from offloadd.nix.read import read_nix
 
 from .offers import KEY, any_offers, make_offer, without_name, words
@@ -25,8 +25,14 @@ def test_the_eight_columns() -> None:
     assert nix_line(offer) == f"ssh-ng://offloading@127.0.0.1:11022 {rest}"
     assert nix_line(offer, "ssh") == f"ssh://offloading@127.0.0.1:11022 {rest}"
     assert nix_line(offer, "ssh", alias="offload-vm") == f"ssh://offload-vm {rest}"
+    assert nix_line(offer, port=False) == f"ssh-ng://offloading@127.0.0.1 {rest}"
     assert " 1 1 - - " in nix_line(make_offer())
     assert nix_line(make_offer(host="fe80::1")).startswith("ssh-ng://offloading@[fe80::1]:11022 ")
+
+
+def test_the_port_in_ssh_config() -> None:
+    assert render_port(make_offer(host="far.example", port=2222)) == "Host far.example\n  Port 2222\n"
+    assert render_port(make_offer(host="fe80::1", port=2222)) == "Host fe80::1 [fe80::1]\n  Port 2222\n"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

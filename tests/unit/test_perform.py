@@ -12,10 +12,11 @@ import pytest
 import trio
 
 from offloadd.daemon import perform
+from offloadd.daemon.active import ActiveBuild
 from offloadd.daemon.dispatch import Assignment, Dispatcher
 from offloadd.daemon.events import EventLog
 from offloadd.daemon.machines import Machines
-from offloadd.daemon.perform import ActiveBuild, Performer
+from offloadd.daemon.perform import Performer
 from offloadd.daemon.pool import Pool
 from offloadd.daemon.work import Work
 from offloadd.daemon.workshop import Workshop

@@ -72,7 +72,7 @@ def test_a_system_without_a_target() -> None:
         emulated_plan("mips64el-linux", "max")
     assert caught.value.what == "offload has no virtual machine for mips64el-linux"
     assert "aarch64-linux" in caught.value.hint
-    assert "gnu" not in caught.value.hint
+    assert "i586-gnu" in caught.value.hint
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_names() -> None:
@@ -168,19 +168,20 @@ def test_the_whole_command_line() -> None:
     assert argv == [
         "/usr/bin/qemu-system-x86_64",
         *("-name", "guest=m,debug-threads=on"),
-        *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-S"),
+        *("-no-user-config", "-nodefaults", "-no-reboot", "-S"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-machine", "pc", "-m", "2048M"),
         *("-accel", "tcg", "-cpu", "Cascadelake-Server", "-smp", "4"),
         *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
         *("-kernel", "/proc/self/fd/12", "-initrd", "/proc/self/fd/13"),
         *("-append", options(argv, "-append")[0]),
+        *("-display", "none"),
         *("-chardev", "socket,id=qmp,fd=7,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         "-chardev",
         "socket,id=console,fd=8,server=on,wait=off,logfile=/proc/self/fd/9,logappend=on",
         *("-serial", "chardev:console"),
         *("-chardev", "socket,id=agent,fd=14,server=on,wait=off"),
-        *("-device", "virtio-serial-pci,max_ports=2"),
+        *("-device", "virtio-serial-pci,max_ports=2,vectors=7"),
         *("-device", "virtserialport,chardev=agent,name=org.offload.agent"),
         "-blockdev",
         "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/proc/self/fd/10"
@@ -218,9 +219,10 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
     assert options(argv, "-rtc") == ["base=2020-01-01T00:00:00,clock=vm"]
     assert options(argv, "-append") == [
         f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off norandmaps cryptomgr.notests"
+        " lsm=landlock,lockdown,yama psi=0"
     ]
     assert options(argv, "-device") == [
-        f"virtio-serial-{bus},max_ports=2",
+        f"virtio-serial-{bus},max_ports=2" + (",vectors=7" if bus == "pci" else ""),
         "virtserialport,chardev=agent,name=org.offload.agent",
         f"virtio-blk-{bus},drive=root,serial=root",
         *(f"virtio-blk-{bus},id=slot{number},drive=empty{number},serial=slot{number}" for number in range(2)),
@@ -235,6 +237,11 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
 def test_what_the_kernel_must_be_told() -> None:
     words = options(qemu_argv(plan(), FDS), "-append")[0].split()
     assert {"root=/dev/vda", "console=ttyS0", "panic=-1"} <= set(words)
+
+
+def test_a_guest_is_told_how_fast_its_processor_is() -> None:
+    assert options(qemu_argv(plan(qemu=facts(tsc_khz=2600000)), FDS), "-append")[0].endswith(" tsc_early_khz=2600000")
+    assert "tsc_early_khz" not in options(qemu_argv(plan(), FDS), "-append")[0]
 
 
 def test_what_changes_an_option() -> None:

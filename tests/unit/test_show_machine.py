@@ -16,6 +16,7 @@ LOCAL: dict[str, Any] = {
     "missing": {},
     "mode": "online",
     "fault": "",
+    "remedy": "",
     "breaker": CLOSED,
     "busy": 1,
     "slots": 2,

@@ -19,7 +19,7 @@ EXPECTED = {
     "s390x-linux": ("s390x-linux-gnu", "s390x", "s390x", "s390x", 64, "big"),
     "mips64el-linux": ("mips64el-linux-gnuabi64", "mips64el", "mips64el", "mips64el", 64, "little"),
     "loongarch64-linux": ("loongarch64-linux-gnu", "loong64", "loongarch64", "loongarch64", 64, "little"),
-    "i586-gnu": ("i686-gnu", "hurd-i386", "i386", None, 32, "little"),
+    "i586-gnu": ("i686-gnu", "hurd-i386", "x86_64", None, 32, "little"),
     "x86_64-gnu": ("x86_64-gnu", "hurd-amd64", "x86_64", None, 64, "little"),
 }
 

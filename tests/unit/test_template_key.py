@@ -44,6 +44,11 @@ NO_MATTER: dict[str, Any] = {
     "date": day("2012-01-01"),
     "forwards": (),
     "boot_timeout_s": 9.0,
+    # Of a childhurd alone, of which there is no template.
+    "volatile": False,
+    "net_options": ("-nic", "none"),
+    "secret_retries": 1,
+    "secret_handshake_timeout_s": 1.0,
 }
 ELSEWHERE = {"boot", "qemu"}
 
@@ -52,7 +57,7 @@ def test_each_field_of_a_plan_is_thought_of() -> None:
     assert {field.name for field in fields(VmPlan)} == set(CHANGES) | set(NO_MATTER) | ELSEWHERE
     of_disk = {"disk", "disk_format", "disk_size"}
     assert {field.name for field in fields(BootFiles)} == of_disk | {"image", "digest", "kernel", "initramfs"}
-    assert {field.name for field in fields(QemuFacts)} == {"binary", "version", "cpu_models", "accelerator"}
+    assert {field.name for field in fields(QemuFacts)} == {"binary", "version", "cpu_models", "accelerator", "tsc_khz"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -74,9 +79,9 @@ def test_the_image_is_known_by_its_digest(whole: VmPlan) -> None:
         assert template_key(replace(whole, boot=replace(BOOT, **change))).digest != template_key(whole).digest  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{"version": "7.2.23"}, {"accelerator": "kvm"}])
-def test_qemu_is_known_by_its_version_and_accelerator(whole: VmPlan, qemu: QemuFacts, change: dict[str, str]) -> None:
-    assert template_key(replace(whole, qemu=replace(qemu, **change))).digest != template_key(whole).digest  # type: ignore[arg-type]
+@pytest.mark.parametrize("change", [{"version": "7.2.23"}, {"accelerator": "kvm"}, {"tsc_khz": 2600000}])
+def test_qemu_is_known_by_its_version_and_accelerator(whole: VmPlan, qemu: QemuFacts, change: dict[str, Any]) -> None:
+    assert template_key(replace(whole, qemu=replace(qemu, **change))).digest != template_key(whole).digest
     assert template_key(replace(whole, qemu=replace(qemu, cpu_models=frozenset()))) == template_key(whole)
 
 

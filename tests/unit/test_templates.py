@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from offloadd.daemon.templates import check_wanted, has_template, why_stale
-from offloadd.errors import NotFoundError, UsageError
+from offloadd.errors import AgentError, NotFoundError, UsageError
 from offloadd.model.image import FileImage, ImageRecipe
 from offloadd.plan.machine import VmPlan, plan_for_build
-from offloadd.template.freeze import MANIFEST
+from offloadd.template.freeze import MANIFEST, Look, check_rate
 from offloadd.template.key import machine_facts, template_key
 from offloadd.template.store import TemplateStore
 
 from .plans import day, facts, machine, plan
 
-THE_BUILDS = {"cpu", "accelerator", "qemu_version", "disk_slots"}
+THE_BUILDS = {"cpu", "accelerator", "host_cpu", "qemu_version", "disk_slots"}
 """What a machine's file does not decide, or what its QEMU's file says as well."""
 
 
@@ -151,3 +151,31 @@ def test_cpu_and_accelerator_are_the_builds(qemu: Path) -> None:
     assert one.digest != other.digest
     expected = {"m": machine_facts(machine(), "abc", qemu)}
     assert why_stale("m", one.facts, expected) == why_stale("m", other.facts, expected) == ""
+
+
+def look(clock: float, earliest: float, latest: float) -> Look:
+    return Look(clock=clock, earliest=earliest, latest=latest)
+
+
+@pytest.mark.parametrize(
+    ("passed", "right"),
+    [
+        (10.0, True),
+        (10.4, True),
+        (9.6, True),
+        (11.5, True),
+        (8.7, True),
+        (12.1, False),
+        (8.4, False),
+        (32.7, False),
+        (-1, False),
+    ],
+)
+def test_a_clock_of_another_rate_is_not_saved(passed: float, right: bool) -> None:
+    """Each look takes a second on this host, so that between 9 and 11 seconds have passed."""
+    first, last = look(1000.0, 50.0, 51.0), look(1000.0 + passed, 60.0, 61.0)
+    if right:
+        check_rate(first, last, "m")
+        return
+    with pytest.raises(AgentError, match=rf"its clock went {passed:.1f} s in 11.0 s"):
+        check_rate(first, last, "m")

@@ -17,9 +17,9 @@ import pytest
 import trio
 
 from offloadd.bridge import Bridge, open_bridge
+from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.prepare import prepare_source
-from offloadd.builder.run import Job, Report, run_build
 from offloadd.config.library import Library, load_library
 from offloadd.environment.recipe import environment_recipe
 from offloadd.environment.store import EnvironmentStore
@@ -131,7 +131,7 @@ async def build(instance: Instance, agent: Agent, system: str, folder: Path, *st
         )
         (folder / "outputs.tar").unlink(missing_ok=True)
         with open_outputs_receiver(folder / "outputs.tar") as outputs:
-            report = await run_build(place.service, job, outputs, log)
+            report = await place.run(job, outputs, log)
     assert place.environment is not None
     await instance.detach_disk(place.environment)
     return report, log.text

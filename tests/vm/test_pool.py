@@ -1,4 +1,4 @@
-"""Clones that wait for builds: `warm: N` in a machine's file."""
+"""Clones that wait for builds: one that is started, and those of `warm: N` in a machine's file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import trio
 
 from offloadd.daemon.guests import Guests
 from offloadd.daemon.host_memory import HostMemory
+from offloadd.daemon.keeping import Kind
 from offloadd.daemon.pool import Pool, WaitingClone, open_pool
 from offloadd.daemon.workshop import open_workshop
 from offloadd.model.machine import VmMachine
@@ -30,6 +31,7 @@ from tests.vm.test_build import wait_for
 # Of whatever date, they have the same CPU, and so the same template.
 MACHINE = "cpu: Haswell\ncpu-count: 2\nmemory-size: 1024\nport-forwardings: {13422: 22}\nwarm: 1\n"
 PLENTY = HostMemory(total=16 << 30, available=15 << 30, pressure=0.0)
+STARTED_COST = 64 << 20
 SHORT = HostMemory(total=16 << 30, available=15 << 30, pressure=80.0)
 
 
@@ -48,14 +50,17 @@ def build(world: World, date: str, out: Path) -> dict[str, Any]:
     return found
 
 
-def log_of(world: World) -> str:
-    return (world.state / "offloadd.log").read_text()
+def count_waits(world: World, kind: str = "warm") -> int:
+    """How many clones of that kind have waited."""
+    lines = (world.state / "offloadd.log").read_text().splitlines()
+    return sum("'a clone waits'" in line and f"kind='{kind}'" in line for line in lines)
 
 
 def test_builds_take_those_that_wait(pooled: World, tmp_path: Path) -> None:
     assert build(pooled, "2021-03-04", tmp_path / "first")["guest"] == "clone"
-    wait_for(lambda: log_of(pooled).count("'a clone waits'") == 1)
-    (first,) = pooled.waiting()
+    wait_for(lambda: count_waits(pooled) == 1)
+    first = set(pooled.waiting())
+    assert len(first) == 2
 
     record = build(pooled, "2005-05-05", tmp_path / "second")
     assert (record["guest"], record["instance"]) == ("warm", f"build-{record['build']}")
@@ -64,20 +69,21 @@ def test_builds_take_those_that_wait(pooled: World, tmp_path: Path) -> None:
     pooled.assert_nothing_left()
 
     # Nobody else gets it: another waits for the next build.
-    wait_for(lambda: log_of(pooled).count("'a clone waits'") == 2)
-    assert pooled.waiting() != [first]
+    wait_for(lambda: count_waits(pooled) == 2)
+    assert len(first - set(pooled.waiting())) == 1
     assert build(pooled, "2011-11-11", tmp_path / "third")["guest"] == "warm"
 
 
 def test_one_that_is_killed_does_no_harm(pooled: World, tmp_path: Path) -> None:
-    before = log_of(pooled).count("'a clone waits'")
+    before = count_waits(pooled)
     build(pooled, "2021-03-04", tmp_path / "before")
-    wait_for(lambda: log_of(pooled).count("'a clone waits'") > before)
-    (waiting,) = pooled.waiting()
-    os.kill(waiting, signal.SIGKILL)
+    wait_for(lambda: count_waits(pooled) > before)
+    waiting = pooled.waiting()
+    for pid in waiting:
+        os.kill(pid, signal.SIGKILL)
 
     assert build(pooled, "2012-12-12", tmp_path / "after")["guest"] == "clone"
-    assert waiting not in pooled.waiting()
+    assert not set(waiting) & set(pooled.waiting())
     pooled.assert_nothing_left()
 
 
@@ -86,18 +92,18 @@ def test_none_outlives_its_daemon(pooled: World, make_world: Any, tmp_path: Path
     world.machine("pooled", MACHINE)
     world.recipe("dated", "steps: ['date +%F > day']\noutputs: [day]\n")
     build(world, "2021-03-04", tmp_path / "first")
-    wait_for(lambda: "'a clone waits'" in log_of(world))
+    wait_for(lambda: count_waits(world) == 1)
     (daemon,) = world.daemons()
     os.kill(daemon, signal.SIGKILL)
     wait_for(lambda: not world.daemons())
-    assert len(world.waiting()) == 1
+    assert len(world.waiting()) == 2
 
     # The next daemon finds it, and ends it.
     world.run("vm", "list")
     wait_for(lambda: not world.waiting())
 
     build(world, "2021-03-04", tmp_path / "second")
-    wait_for(lambda: log_of(world).count("'a clone waits'") == 2)
+    wait_for(lambda: count_waits(world) == 2)
     world.run("daemon", "stop")
     wait_for(lambda: not world.daemons())
     assert not world.waiting()
@@ -146,11 +152,11 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def until_one_waits(pool: Pool) -> WaitingClone:
+async def until_one_waits(pool: Pool, kind: Kind = "warm") -> WaitingClone:
     with trio.fail_after(120):
-        while not pool.waiting():
+        while not (found := [clone for clone in pool.waiting() if clone.idle.kind == kind]):
             await trio.sleep(0.05)
-    (clone,) = pool.waiting()
+    (clone,) = found
     return clone
 
 
@@ -190,7 +196,7 @@ async def test_a_build_that_is_cancelled_ends_what_it_took(pooled: World) -> Non
                 scope.cancel()
                 await trio.sleep_forever()
         assert clone.ended.is_set()
-        assert not bench.instances()
+        assert [path.name for path in bench.instances()] == [clone.idle.name for clone in pool.waiting()]
         assert descriptors() < before
 
 
@@ -218,7 +224,7 @@ async def test_a_removed_image_or_template_ends_those_that_wait(pooled: World) -
         await bench.use(pool)
         clone = await until_one_waits(pool)
         await pool.forget(images={"another"}, templates={"another"})
-        assert pool.waiting() == [clone]
+        assert clone in pool.waiting()
         await pool.forget(images={bench.plan.boot.digest})
         assert not pool.waiting()
         assert not bench.instances()
@@ -236,6 +242,47 @@ async def test_a_removed_image_or_template_ends_those_that_wait(pooled: World) -
         await pool.forget(templates={clone.idle.digest})
         assert not pool.waiting()
         assert not bench.instances()
+
+
+async def test_a_build_takes_one_that_is_only_started(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        bench.machine = bench.machine.model_copy(update={"warm": 0})
+        assert await bench.use(pool) == "clone"
+        clone = await until_one_waits(pool, "started")
+        assert pool.waiting() == [clone]
+        record = clone.instance.record
+        # It has not run, and QEMU's own memory is nearly all that it has.
+        assert (record.purpose, record.began) == ("warm", 0)
+        assert (private_memory(record.pid) or 0) < STARTED_COST
+
+        opened = pool.open(bench.plan_for("build-s"), bench.machine, bench.environment, silent, logs=bench.root / "logs")
+        async with opened as guest:
+            assert (guest.instance, guest.instance.name, guest.origin) == (clone.instance, "build-s", "clone")
+            assert guest.instance.record.purpose == "build"
+            assert (await guest.agent.call("clock"))["clock"] == pytest.approx(guest.instance.record.clock(), abs=5)
+            _, first = await guest.agent.run("/bin/cat", "/etc/machine-id", "/proc/sys/kernel/random/uuid")
+            # The next one is started beside the build, and is another machine.
+            assert await until_one_waits(pool, "started") != clone
+            opened = pool.open(bench.plan_for("build-t"), bench.machine, bench.environment, silent, logs=bench.root / "logs")
+            async with opened as other:
+                _, second = await other.agent.run("/bin/cat", "/etc/machine-id", "/proc/sys/kernel/random/uuid")
+                assert not set(first.split()) & set(second.split())
+                assert [len(word) for word in second.split()] == [32, 36]
+        assert clone.ended.is_set()
+        assert not (bench.guests.shop.paths.instances / "build-s").exists()
+
+
+async def test_one_that_is_started_and_dies_is_not_taken(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        bench.machine = bench.machine.model_copy(update={"warm": 0})
+        await bench.use(pool)
+        clone = await until_one_waits(pool, "started")
+        # Nobody has noticed yet: the build does, and goes on with another.
+        os.kill(clone.instance.record.pid, signal.SIGKILL)
+        assert await bench.use(pool) == "clone"
+        with trio.fail_after(10):
+            await clone.ended.wait()
+        assert clone not in pool.waiting()
 
 
 async def test_they_end_with_the_pool(pooled: World) -> None:
