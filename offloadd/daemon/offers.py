@@ -8,11 +8,13 @@ from pathlib import Path
 import structlog
 import trio
 
+from offloadd.config.library import Library
 from offloadd.daemon.machines import Machines
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError
 from offloadd.guest.secret_root import ACCOUNT, SecretRoot
-from offloadd.model.machine import BuildDaemon, Machine, SshMachine, VmMachine
+from offloadd.model.image import FileImage
+from offloadd.model.machine import BuildDaemon, Childhurd, Machine, SshMachine, VmMachine
 from offloadd.model.offer import Offer, OfferState
 from offloadd.model.state import MachineMode, MachineState
 
@@ -22,7 +24,9 @@ log = structlog.get_logger()
 
 
 async def offers(workshop: Workshop, machines: Machines, daemon: BuildDaemon | None = None) -> list[Offer]:
-    """One for each machine that has `daemons`, whatever its state, by name; none for those that are drained or offline.
+    """One for each machine that has `daemons`, whatever its state, by name.
+
+    None for those that are drained or offline, or whose image is not set up.
 
     Keys of a virtual machine are made when they are missing: its first builder may come before its first start.
     Somebody who writes a machine's file does not take the others from build daemons: while it is wrong they are as before.
@@ -33,11 +37,14 @@ async def offers(workshop: Workshop, machines: Machines, daemon: BuildDaemon | N
         ConfigError: a machine's file is wrong, and was so when we were started.
     """
     # One that runs is as it was when it was started, until its file is read again.
-    known: dict[str, Machine] = {**workshop.shelf.last_right().machines, **machines.declared()}
+    library = workshop.shelf.last_right()
+    known: dict[str, Machine] = {**library.machines, **machines.declared()}
     found = []
     for name in sorted(known):
         machine = known[name]
         if not isinstance(machine, SshMachine | VmMachine) or not takes(machine, daemon):
+            continue
+        if isinstance(machine, VmMachine) and not _has_image(library, machine):
             continue
         if workshop.database.machine_mode(name) is not MachineMode.ONLINE:
             continue
@@ -48,6 +55,12 @@ async def offers(workshop: Workshop, machines: Machines, daemon: BuildDaemon | N
     return found
 
 
+def _has_image(library: Library, machine: VmMachine) -> bool:
+    """Whether it could be started."""
+    image = library.images.get(machine.image)
+    return not isinstance(image, FileImage) or image.is_set_up
+
+
 def with_copied_keys(found: Iterable[Offer], copies: Path) -> list[Offer]:
     """Those whose client key has a copy in the folder `copies`, which they name instead of our own."""
     pairs = [(offer, copies / offer.machine) for offer in found]
@@ -56,6 +69,8 @@ def with_copied_keys(found: Iterable[Offer], copies: Path) -> list[Offer]:
 
 def takes(machine: SshMachine | VmMachine, daemon: BuildDaemon | None) -> bool:
     """Whether the machine takes builds of `daemon`; of any, when it is None."""
+    if isinstance(machine, Childhurd) and not machine.offloading:
+        return False
     return daemon in machine.daemons if daemon else bool(machine.daemons)
 
 

@@ -25,7 +25,7 @@ from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.templates import collect_templates
 from offloadd.daemon.workshop import Workshop, open_workshop
-from offloadd.errors import ConfigError, NotAllowedError, OffloadError
+from offloadd.errors import ConfigError, NotAllowedError, NotFoundError, OffloadError
 from offloadd.model.quantity import parse_date
 from offloadd.model.recipe import DEFAULT_SUITE
 from offloadd.paths import Paths
@@ -138,7 +138,7 @@ class Service:
         for name, declared in library.images.items():
             try:
                 keep.add(await shop.images.digest(declared, library.folders[name]))
-            except ConfigError:  # a file is gone, so which of those with its name it was cannot be told
+            except (ConfigError, NotFoundError):  # which of those with its name it was cannot be told
                 keep |= {image.digest for image in shop.images.list() if image.name == name}
         await self.pool.forget(images={clone.image for clone in self.pool.waiting()} - keep)
         keep |= {record.plan.boot.digest for record in read_records(shop.paths.instances)}

@@ -227,7 +227,9 @@ async def ask_shell(shell: Shell, command: str, machine: str) -> bytes:
 async def _there_and_back(process: FarProcess, machine: str, size: int, explain: Explain) -> float:
     sent = os.urandom(size)
     began = trio.current_time()
-    await process.send(sent)
+    # Whoever has ended already has said why, which is read next.
+    with suppress(SshError):
+        await process.send(sent)
     back = await _read(process, size)
     await _check_end(process, machine, explain)
     if back != sent:

@@ -78,6 +78,18 @@ def test_those_that_are_drained_or_offline_are_not(world: World) -> None:
     assert len(offers(world)) == 2
 
 
+def test_a_childhurd_is_offered_when_it_has_an_image(world: World) -> None:
+    assert "childhurd" not in [offer["machine"] for offer in offers(world)]
+    image = world.root / "config/offload/images/hurd-guix.yaml"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.write_text("like: hurd-guix\npath: hurd.qcow2\n")
+    try:
+        [offer] = [offer for offer in offers(world, "?daemon=guix") if offer["machine"] == "childhurd"]
+    finally:
+        image.unlink()
+    assert (offer["systems"], offer["port"], offer["overload-threshold"]) == (["i586-gnu"], 10022, 1.8)
+
+
 def test_one_whose_keys_cannot_be_read_keeps_no_other_away(world: World) -> None:
     offers(world)
     key = world.state / "secrets/both/root/etc/ssh/ssh_host_ed25519_key.pub"

@@ -37,3 +37,10 @@ def test_mbedtls() -> None:
     [source] = recipe.sources
     assert source.debian == "mbedtls=2.28.3-1"
     assert recipe.steps[0].startswith("dpkg-source --no-check --extract mbedtls_2.28.3-1.dsc ")
+
+
+def test_hello() -> None:
+    recipe = read("hello")
+    assert recipe.date is None
+    assert not recipe.systems, "it is for any"
+    assert recipe.outputs == ("dist/*",)

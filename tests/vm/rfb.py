@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 _CONTROL, _ALT, _DELETE = 0xFFE3, 0xFFE9, 0xFFFF
@@ -34,7 +35,7 @@ def press_ctrl_alt_del(path: Path) -> None:
             pass
 
 
-def _read(read, size):
+def _read(read: Callable[[int], bytes | None], size: int) -> bytes:
     data = b""
     while len(data) < size:
         piece = read(size - len(data))

@@ -34,14 +34,14 @@ LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Hurd:
-    """A world with the image `hurd`, and the machine childhurd7 that boots from it."""
+    """A world with the image `test-hurd`, and the machine childhurd7 that boots from it."""
 
     world: World
     kernel: str
     """What `uname` says there."""
     has_compiler: bool
 
-    def declare(self, name: str, number: int | None, text: str = "", *, image: str = "hurd") -> None:
+    def declare(self, name: str, number: int | None, text: str = "", *, image: str = "test-hurd") -> None:
         features = "debian, gcc, libc6-dev, make" if self.has_compiler else "guix"
         fields = f"kind: childhurd\nimage: {image}\nmemory-size: 512\nfeatures: [{features}]\n{text}"
         path = self.world.root / "config/offload/machines" / f"{name}.yaml"
@@ -58,7 +58,7 @@ class Hurd:
 
     def copy_disk(self, name: str) -> Path:
         """A copy of the disk as machines boot from it, which a test may change."""
-        kept = self.world.json("image", "build", "hurd")
+        kept = self.world.json("image", "build", "test-hurd")
         [disk] = [file for file in Path(kept["directory"]).iterdir() if file.name.startswith("disk")]
         copy = self.world.root / name
         run("cp", "--reflink=auto", "--sparse=always", disk, copy)
@@ -73,12 +73,12 @@ def hurd(make_world: Callable[[], World], request: pytest.FixtureRequest) -> Ite
         made = Hurd(world, "Linux" if standin else "GNU", standin or bool(CUSTOMIZE))
         customize = "hurd-debian" if standin else CUSTOMIZE
         path = disk if standin else Path(IMAGE).absolute()
-        made.declare_image("hurd", f"path: {path}\n" + (f"customize: {customize}\n" if customize else ""))
+        made.declare_image("test-hurd", f"path: {path}\n" + (f"customize: {customize}\n" if customize else ""))
         made.declare(NAME, 7)
         yield made
     world.run("vm", "stop", NAME, status=None)
     world.assert_nothing_left()
-    for image in ("hurd", "impostor"):
+    for image in ("test-hurd", "test-impostor"):
         world.run("image", "rm", image, status=None)
 
 
@@ -196,6 +196,14 @@ def test_a_build_can_leave_the_machine_running(started: Hurd, tmp_path: Path) ->
     assert started.exec("ls /tmp/was-here") == "/tmp/was-here\n"
 
 
+def test_a_package_of_debian_s_says_what_is_missing_without_a_network(started: Hurd, tmp_path: Path) -> None:
+    if not started.has_compiler:
+        pytest.fail("this image is no Debian: deselect this test for it", pytrace=False)
+    dsc = write_greeting(tmp_path)
+    failed = started.world.run(*BUILD, "--machine", NAME, "--keep-machine", dsc, status=1, cwd=tmp_path, limit_s=LIMIT_S)
+    assert "Unmet build dependencies: bc" in failed.stdout + failed.stderr
+
+
 def test_what_it_wrote_is_gone_after_a_restart(started: Hurd) -> None:
     started.exec("echo written >$HOME/file && sync")
     started.world.run("vm", "stop", NAME)
@@ -218,7 +226,6 @@ def test_a_guest_that_reboots_is_started_again(started: Hurd) -> None:
         time.sleep(0.2)
     assert started.exec("echo again") == "again\n"
     started.world.run("vm", "stop", NAME)
-    started.world.assert_nothing_left()
 
 
 @contextmanager
@@ -248,7 +255,6 @@ def test_two_run_side_by_side_on_the_ports_of_their_ids(hurd: Hurd) -> None:
         assert len(keys) == 2
     for name in ("childhurd", "childhurd1"):
         (hurd.world.root / f"config/offload/machines/{name}.yaml").unlink()
-    hurd.world.assert_nothing_left()
 
 
 def test_without_snapshot_what_it_writes_stays(hurd: Hurd, tmp_path: Path) -> None:
@@ -258,17 +264,16 @@ def test_without_snapshot_what_it_writes_stays(hurd: Hurd, tmp_path: Path) -> No
     for number in (8, 9):
         hurd.declare(f"childhurd{number}", number, "options: []\n", image="own")
     with running(hurd, "childhurd8"):
-        hurd.exec("echo written >$HOME/file && sync", "childhurd8")
+        file = hurd.exec("echo written >$HOME/file && sync && echo $HOME/file", "childhurd8").strip()
         second = hurd.world.run("vm", "start", "childhurd9", status=None)
         assert second.returncode != 0
         assert "belongs to another machine that runs" in " ".join(second.stderr.split())
     # Its builds are done in the machine itself, which is started for them.
-    project = hurd.world.recipe("inside", "steps: [cp $HOME/file file]\noutputs: [file]\n")
+    project = hurd.world.recipe("inside", f"steps: [cp {file} file]\noutputs: [file]\n")
     hurd.world.run(*BUILD, "--machine", "childhurd8", "-o", tmp_path / "out", project, limit_s=LIMIT_S)
     assert (tmp_path / "out/file").read_text() == "written\n"
-    assert hurd.exec("cat $HOME/file", "childhurd8") == "written\n"
+    assert hurd.exec(f"cat {file}", "childhurd8") == "written\n"
     hurd.world.run("vm", "stop", "childhurd8")
-    hurd.world.assert_nothing_left()
 
 
 def test_a_package_of_debian_s_is_built_with_what_its_own_apt_installs(hurd: Hurd, tmp_path: Path) -> None:
@@ -282,11 +287,6 @@ def test_a_package_of_debian_s_is_built_with_what_its_own_apt_installs(hurd: Hur
     [package] = (tmp_path / "out").glob("greeting_1.0_*.deb")
     listing = run("dpkg-deb", "--contents", package)
     assert "./usr/share/greeting/answer" in listing
-    # Without the network it says what is missing.
-    failed = hurd.world.run(*BUILD, "--machine", NAME, dsc, status=None, cwd=tmp_path, limit_s=LIMIT_S)
-    assert failed.returncode != 0
-    assert "bc" in failed.stdout + failed.stderr
-    hurd.world.assert_nothing_left()
 
 
 def test_an_impostor_is_no_machine_of_ours(hurd: Hurd) -> None:
@@ -305,10 +305,9 @@ def test_an_impostor_is_no_machine_of_ours(hurd: Hurd) -> None:
     mode = "set_inode_field /etc/ssh/other mode 0100600"
     commands.write_text("\n".join([f"rm {path}", f"write {settings} {path}", f"write {key} /etc/ssh/other", mode, ""]))
     run("/sbin/debugfs", "-w", "-f", commands, system)
-    hurd.declare_image("impostor", f"path: {disk}\nformat: raw\n")
-    hurd.declare("childhurd6", 6, image="impostor")
+    hurd.declare_image("test-impostor", f"path: {disk}\nformat: raw\n")
+    hurd.declare("childhurd6", 6, image="test-impostor")
     refused = hurd.world.run("vm", "start", "childhurd6", status=None, limit_s=LIMIT_S)
     assert refused.returncode != 0
     assert "host key" in refused.stderr.lower()
     assert hurd.world.json("vm", "show", "childhurd6")["state"] != "running"
-    hurd.world.assert_nothing_left()

@@ -23,10 +23,10 @@ def world(make_world: Callable[[], World]) -> Iterator[World]:
     code = say(b"no secrets: rebooting\r\n") + RESET
     disk = made.root / "disk.raw"
     disk.write_bytes(code + bytes(510 - len(code)) + b"\x55\xaa" + bytes(1 << 20))
-    (folders["images"] / "restless.yaml").write_text(f"kind: file\npath: {disk}\n")
-    (folders["machines"] / "childhurd3.yaml").write_text("kind: childhurd\nid: 3\nimage: restless\n")
+    (folders["images"] / "test-restless.yaml").write_text(f"kind: file\npath: {disk}\n")
+    (folders["machines"] / "childhurd3.yaml").write_text("kind: childhurd\nid: 3\nimage: test-restless\n")
     yield made
-    made.run("image", "rm", "restless")
+    made.run("image", "rm", "test-restless")
 
 
 def test_is_started_again_five_times_and_then_reported_with_its_console(world: World) -> None:

@@ -25,12 +25,12 @@ def world(make_world: Callable[[], World], kind: str) -> Iterator[World]:
     for folder in folders.values():
         folder.mkdir(parents=True)
     with open_mach(HURD_TYPES[kind]) as disk:
-        (folders["images"] / "mach.yaml").write_text(f"kind: file\npath: {disk}\n")
-        machine = f"kind: childhurd\nid: 1\nimage: mach\ntype: {kind}\n"
+        (folders["images"] / "test-mach.yaml").write_text(f"kind: file\npath: {disk}\n")
+        machine = f"kind: childhurd\nid: 1\nimage: test-mach\ntype: {kind}\n"
         (folders["machines"] / "childhurd1.yaml").write_text(machine)
         yield made
     made.assert_nothing_left()
-    made.run("image", "rm", "mach")
+    made.run("image", "rm", "test-mach")
 
 
 def test_a_panic_of_mach_is_a_crash_with_its_last_words(world: World, kind: str) -> None:
