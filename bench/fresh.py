@@ -107,6 +107,8 @@ async def _next_clone(stock: Stock) -> Sequence[float]:
 
 
 async def _first_clone(stock: Stock, footprints: list[int]) -> Sequence[float]:
+    # Not beside the start of one.
+    await stock.until_one_is_started()
     began = trio.current_time()
     async with stock.open_clone("clone") as guest:
         commanded = await _command(guest) - began

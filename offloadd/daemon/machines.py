@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from offloadd.errors import (
 from offloadd.guest.agent import Agent
 from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, start_sshd
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.guest.ssh import open_ssh
 from offloadd.model.machine import Childhurd, VmMachine
 from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
@@ -37,6 +39,8 @@ from offloadd.vm.instance import Instance, adopt_instance
 from offloadd.vm.record import InstanceRecord, read_record
 
 LOST_S = 2.0
+SYNC_S = 60.0
+"""For a guest to write what its disk still lacks, which it has not written for half a minute at most."""
 KEPT_LOGS = 10
 """Runs of a machine whose console logs are kept."""
 
@@ -151,10 +155,19 @@ class Machines:
         name = running.name
         self._move(name, MachineState.STOPPING)
         if running.instance is not None and running.was_ready:
+            await self._write_out(running, running.instance)
             await running.instance.stop()
         else:
             running.scope.cancel()
         await running.ended.wait()
+
+    async def _write_out(self, running: RunningMachine, instance: Instance) -> None:
+        """Have a guest without a power button, whose disk stays, write what it still holds in memory."""
+        if instance.record.plan.volatile or running.secrets is None or not running.secrets.has_account:
+            return
+        with trio.move_on_after(SYNC_S), suppress(OffloadError):  # it may have ended, or refuse everybody by now
+            async with open_ssh(self._workshop.bridge, instance.ssh_port, running.secrets) as guest:
+                await guest.run("sync")
 
     async def stop_all(self) -> None:
         async with trio.open_nursery() as nursery:

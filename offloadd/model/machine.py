@@ -276,6 +276,17 @@ class Childhurd(VmMachine):
             raise ValueError(f"a childhurd with the id {number} has a name that ends with it: {name}{number}")
         return number
 
+    @field_validator("net_options")
+    @classmethod
+    def _leads_in(cls, options: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if options is not None:
+            inside = {int(port) for port in re.findall(r"hostfwd=tcp:[^,]*-[^,:]*:(\d{1,5})", " ".join(options))}
+            if SECRETS_PORT not in inside or not {SSH_PORT, OLD_SSH_PORT} & inside:
+                raise ValueError(
+                    f"must forward the guest's ports {SECRETS_PORT} and {SSH_PORT}: hostfwd=tcp:127.0.0.1:PORT-:{SSH_PORT}"
+                )
+        return options
+
     @field_validator("disk_size")
     @classmethod
     def _can_be_sized(cls, size: int | str, info: ValidationInfo) -> int | str:

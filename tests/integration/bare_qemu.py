@@ -11,7 +11,7 @@ import trio
 
 from offloadd.bridge import Bridge
 from offloadd.plan.machine import BootFiles, QemuFacts, VmPlan
-from offloadd.vm.instance import Instance, adopt_instance, open_instance
+from offloadd.vm.instance import Instance, adopt_instance, open_instance, open_paused_instance
 from offloadd.vm.launch import Memory
 
 from ..conftest import has_open_below
@@ -79,6 +79,10 @@ class Bench:
     ) -> AbstractAsyncContextManager[Instance]:
         folders = {"instances": self.instances, "logs": self.logs}
         return open_instance(plan, **folders, bridge=self.bridge, cores=cores, purpose="machine", memory=memory)
+
+    def open_paused(self, plan: VmPlan, memory: Memory) -> AbstractAsyncContextManager[Instance]:
+        folders = {"instances": self.instances, "logs": self.logs}
+        return open_paused_instance(plan, **folders, bridge=self.bridge, cores=(0, 0), purpose="warm", memory=memory)
 
     def adopt(self, name: str = "m") -> AbstractAsyncContextManager[Instance | None]:
         return adopt_instance(self.instances / name, logs=self.logs, bridge=self.bridge)

@@ -16,6 +16,7 @@ from offloadd.errors import BootError, MachineLostError
 from offloadd.plan.machine import VmPlan
 from offloadd.vm.instance import Instance
 from offloadd.vm.memory import SavedGuest, Saving, open_memory, read_memory, seal_memory
+from offloadd.vm.record import read_record
 
 from .bare_qemu import Bench, descriptors, say, wait_for_console
 
@@ -103,6 +104,32 @@ async def test_a_clone_that_is_paused_stands_still(bench: Bench, saved: SavedGue
         assert (await instance._qmp.execute("query-status"))["status"] == "paused"
         await instance.resume()
         await press(instance, "B")
+
+
+async def test_a_clone_that_is_only_started_goes_on_as_another(bench: Bench, saved: SavedGuest) -> None:
+    async with bench.open_paused(clone(bench, 1), saved) as instance:
+        await instance.take_over(saved)
+        # Whoever finds it knows that nothing has run in it.
+        assert instance.record.began == 0
+        found = read_record(instance.files.record)
+        assert found is not None
+        assert (found.pid, found.purpose, found.began) == (instance.record.pid, "warm", 0)
+        await instance.hand_over(replace(instance.record.plan, instance="taker"), "build", bench.logs)
+        assert (instance.name, instance.record.purpose) == ("taker", "build")
+        assert instance.record.began
+        await press(instance, "B")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+async def test_a_clone_that_never_ran_leaves_nothing(bench: Bench, saved: SavedGuest, loaded: bool) -> None:
+    before = descriptors(os.getpid())
+    async with bench.open_paused(clone(bench, 1), saved) as instance:
+        if loaded:
+            await instance.take_over(saved)
+    assert instance.outcome is not None
+    assert instance.outcome.exit_status == 0
+    assert descriptors(os.getpid()) == before
+    bench.assert_nothing_left()
 
 
 async def test_a_clone_has_drives(bench: Bench, saved: SavedGuest) -> None:

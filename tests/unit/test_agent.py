@@ -15,8 +15,8 @@ import trio
 from trio.testing import lockstep_stream_pair, memory_stream_pair
 
 from offloadd.builder import run
-from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.job import Job, Report
+from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.errors import AgentError, BuildTimeoutError, OffloadError, ProtocolError, TransientError, UsageError
 from offloadd.guest import frames as build_frames
 from offloadd.guest.agent import Agent, client
@@ -115,6 +115,30 @@ async def test_calls_get_their_own_answers() -> None:
         while len(got) < 2:
             await trio.lowlevel.checkpoint()
         assert got == {name: {"call": name, "size": 1} for name in "ab"}
+
+
+async def test_what_is_asked_before_the_hello_goes_out_with_it() -> None:
+    ours, theirs = memory_stream_pair()
+    async with ours, open_narrow_nursery() as nursery:
+        agent, answered = Agent(ours, "vm", nursery), list[dict[str, Any]]()
+
+        async def greet_and_ask() -> None:
+            asked = agent.ask("identify", date=1)
+            await agent.greet()
+            answered.append(await agent.answer("identify", asked))
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as asking:
+                asking.start_soon(greet_and_ask)
+                first = bytes(await theirs.receive_some())
+                size = HEAD + int.from_bytes(first[5:HEAD], "big")
+                hello, question = first[:size], first[size:]
+                assert (hello[:1], question[:1]) == (b"H", b"C")
+                # Both answers come in one piece too.
+                answer = encode(b"h", 0, hello[HEAD:]) + encode(b"A", int.from_bytes(question[1:5], "big"), b'{"clock": 1}')
+                await theirs.send_all(answer)
+        assert answered == [{"clock": 1}]
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_call_ends_by_its_limit_and_its_answer_may_come_late(autojump_clock: trio.testing.MockClock) -> None:

@@ -113,6 +113,14 @@ def test_net_options_stand_for_the_whole_network() -> None:
     assert words(qemu_argv(build, FDS), "-netdev") == ["user,id=n,hostfwd=tcp:127.0.0.1:0-:2222,hostfwd=tcp::0-:1004"]
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["-nic", "none"], ["-netdev", "user,id=n,hostfwd=tcp::7022-:22"], ["-netdev", "user,hostfwd=tcp::7004-:1004"]]
+)
+def test_net_options_must_lead_into_the_guest(words: list[str]) -> None:
+    with pytest.raises(ValidationError, match="must forward the guest's ports 1004 and 22"):
+        declare(net_options=words)
+
+
 def test_a_build_has_ports_of_its_own_and_its_date() -> None:
     build = plan_for_build(plan(), "build-1", date=day("2020-01-01"), cpu=None, pinned_cpu=False)
     assert build.forwards == ((0, 22), (0, 1004))

@@ -10,14 +10,24 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
+from offloadd.daemon.workshop import open_workshop
+from offloadd.guest.secret_service import receive_hello
+from offloadd.model.state import MachineState
+from offloadd.paths import Paths
+from offloadd.plan.machine import plan_for_build
+from offloadd.vm.instance import open_instance
+from offloadd.vm.outcome import Outcome
 from tests.conftest import REPOSITORY, World
 from tests.ports import own_childhurd_ports
 from tests.vm.boot_disk import run
@@ -83,9 +93,36 @@ def hurd(make_world: Callable[[], World], request: pytest.FixtureRequest) -> Ite
 
 
 @pytest.fixture(scope="module")
-def started(hurd: Hurd) -> Hurd:
+def started(hurd: Hurd, left_alone: Future[Outcome]) -> Hurd:
     hurd.world.run("vm", "start", NAME, limit_s=LIMIT_S)
     return hurd
+
+
+@pytest.fixture(scope="module")
+def left_alone(hurd: Hurd) -> Iterator[Future[Outcome]]:
+    """How a guest ends to whose secret service nobody sends anything.  It waits for a minute, beside the other tests."""
+    # Directly below /tmp: a socket's path holds 107 bytes.
+    root = Path(tempfile.mkdtemp(prefix="offload-", dir="/tmp"))
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(trio.run, leave_alone, hurd, root)
+    shutil.rmtree(root)
+
+
+async def leave_alone(hurd: Hurd, root: Path) -> Outcome:
+    world = hurd.world
+    paths = Paths(config=world.root / "config/offload", state=root / "s", cache=world.cache / "offload", runtime=root / "r")
+    with trio.fail_after(LIMIT_S):
+        async with open_workshop(paths, paths.database) as shop:
+            library = shop.library()
+            plan = await shop.plan(library.vm(NAME), library, lambda *_: None)
+            plan = plan_for_build(plan, "alone", date=None, cpu=None, pinned_cpu=True)
+            opened = open_instance(
+                plan, instances=paths.instances, logs=root / "l", bridge=shop.bridge, cores=[0], purpose="build"
+            )
+            async with opened as instance:
+                while not await hears(instance.port(1004)):
+                    await trio.sleep(0.5)
+                return await instance.wait_ended()
 
 
 def in_order(text: str, *phrases: str) -> bool:
@@ -257,6 +294,23 @@ def test_two_run_side_by_side_on_the_ports_of_their_ids(hurd: Hurd) -> None:
         (hurd.world.root / f"config/offload/machines/{name}.yaml").unlink()
 
 
+def test_a_guest_that_gets_no_secrets_reboots(left_alone: Future[Outcome]) -> None:
+    """Its own secret service does that, as Guix's: whoever connects here only listens."""
+    outcome = left_alone.result(timeout=LIMIT_S)
+    assert (outcome.rebooted, outcome.state) == (True, MachineState.STOPPED_BY_GUEST)
+
+
+async def hears(port: int) -> bool:
+    """Whether a secret service says hello; it is left without an answer."""
+    try:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            with trio.move_on_after(5):
+                return await receive_hello(stream)
+    except (OSError, trio.BrokenResourceError):
+        pass
+    return False
+
+
 def test_without_snapshot_what_it_writes_stays(hurd: Hurd, tmp_path: Path) -> None:
     disk = hurd.copy_disk("own.disk")
     kind = "qcow2" if disk.read_bytes()[:4] == b"QFI\xfb" else "raw"
@@ -264,7 +318,7 @@ def test_without_snapshot_what_it_writes_stays(hurd: Hurd, tmp_path: Path) -> No
     for number in (8, 9):
         hurd.declare(f"childhurd{number}", number, "options: []\n", image="own")
     with running(hurd, "childhurd8"):
-        file = hurd.exec("echo written >$HOME/file && sync && echo $HOME/file", "childhurd8").strip()
+        file = hurd.exec("echo written >$HOME/file && echo $HOME/file", "childhurd8").strip()
         second = hurd.world.run("vm", "start", "childhurd9", status=None)
         assert second.returncode != 0
         assert "belongs to another machine that runs" in " ".join(second.stderr.split())

@@ -52,7 +52,8 @@ def build(world: World, date: str, out: Path) -> dict[str, Any]:
 
 def count_waits(world: World, kind: str = "warm") -> int:
     """How many clones of that kind have waited."""
-    lines = (world.state / "offloadd.log").read_text().splitlines()
+    path = world.state / "offloadd.log"
+    lines = path.read_text().splitlines() if path.exists() else []
     return sum("'a clone waits'" in line and f"kind='{kind}'" in line for line in lines)
 
 
