@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from offloadd.builder import run
-from offloadd.builder.outputs import open_outputs_receiver, unpack_outputs
 from offloadd.builder.job import Job, Report
+from offloadd.builder.outputs import open_outputs_receiver, unpack_outputs
 from offloadd.errors import AgentError, OffloadError
 from offloadd.guest.agent import Agent, AgentProcess
 from offloadd.guest.agent.wire import HEAD, MAX_PAYLOAD, WINDOW, Hello, encode
