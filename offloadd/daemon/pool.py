@@ -149,7 +149,7 @@ class Pool:
         """
         async with AsyncExitStack() as stack:
             self._last_move = trio.current_time()
-            guest = await self._take(stack, plan, machine, tell, logs)
+            guest = await self._take(stack, plan, machine, tell, logs) if machine.template else None
             if guest is None:
                 opened = self.guests.open(plan, machine, tell, logs=logs, purpose="build")
                 guest = await stack.enter_async_context(opened)
