@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.measure import BenchError, Budget, Row, Series
 from offloadd.breaker import Breaker
-from offloadd.model.machine import KINDS, Machine, VmMachine
+from offloadd.model.kinds import KINDS
+from offloadd.model.machine import Machine, VmMachine
 from offloadd.model.state import MachineMode
 from offloadd.process import Progress
 from offloadd.route import Emulation, MachineFacts, Needs, find_route

@@ -81,6 +81,7 @@ PROGRAMS = (
     Program(name="qemu-img", package="qemu-utils", purpose="disks of others that are grown or changed", without=State.WARNING),
     Program(name="sqfstar", package="squashfs-tools", purpose="an environment's disk"),
     Program(name="arch-test", package="arch-test", purpose="environments of other architectures", without=State.WARNING),
+    Program(name="zstd", package="zstd", purpose="disks of others that are compressed so", without=State.WARNING),
     Program(name="ssh", package="openssh-client", purpose="`offload vm ssh` and `exec`", without=State.WARNING),
 )
 

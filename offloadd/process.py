@@ -48,6 +48,7 @@ PACKAGES = {
     "tar": "tar",
     "unshare": "util-linux",
     "unsquashfs": "squashfs-tools",
+    "zstd": "zstd",
 }
 """Program -> the Debian package that has it."""
 

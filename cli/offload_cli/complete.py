@@ -14,7 +14,7 @@ def machine_names(incomplete: str) -> list[str]:
 
 def prefer_names(incomplete: str) -> list[str]:
     """Machines and kinds of machines."""
-    from offloadd.model.machine import KINDS
+    from offloadd.model.kinds import KINDS
 
     return sorted({*machine_names(incomplete), *(kind for kind in KINDS if kind.startswith(incomplete))})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,9 @@ def set_(
     fields = _base(name, file, paths)
     fields |= _from_url(place, sha256) if "://" in place else _from_file(name, Path(place), sha256)
     fields |= {"size": size} if size else {}
-    _check(name, fields, str(file))
-    _write(file, dump_yaml(fields))
+    text = dump_yaml(fields)
+    _check(name, text, file, paths)
+    _write(file, text)
     if as_json:
         print_json({"image": name, "file": str(file), "fields": fields})
     else:
@@ -66,7 +68,9 @@ def _base(name: str, file: Path, paths: Paths) -> dict[str, Any]:
     if known is not None and not isinstance(known, FileImage):
         raise UsageError("is made from a recipe, not from a disk", subject=f"image {name}", hint="choose another name")
     if file.exists():
-        return {key: value for key, value in read_document(file).values.items() if key not in _PLACE}
+        kept = {key: value for key, value in read_document(file).values.items() if key not in _PLACE}
+        # The other kind, `url`, takes no path.
+        return kept | ({"kind": "file"} if "kind" in kept else {})
     return {"like": name} if known else {"kind": "file"}
 
 
@@ -103,19 +107,27 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check(name: str, fields: dict[str, Any], file: str) -> None:
-    """Raises: UsageError: a value does not have the form that it must have."""
-    from offloadd.config.document import dump_yaml
-    from offloadd.config.load import parse_value
-    from offloadd.errors import ConfigError
-    from offloadd.model.image import FileImage
+def _check(name: str, text: str, file: Path, paths: Paths) -> None:
+    """Read it as it will be read: with what it is like, among the user's other images.
 
-    told = {key: fields[key] for key in (*_PLACE, "size") if key in fields}
-    try:
-        parse_value(dump_yaml({"kind": "file", "name": name} | told), file, FileImage)
-    except ConfigError as exc:
-        wrong = "; ".join(f"{problem.field} {problem.message}".strip() for problem in exc.problems)
-        raise UsageError(re.sub(r"\s+", " ", wrong), subject=f"image {name}") from exc
+    Raises:
+        UsageError: a value does not have the form that it must have.
+    """
+    from offloadd.config.library import load_library
+    from offloadd.errors import ConfigError
+
+    with tempfile.TemporaryDirectory(prefix="offload-image-") as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        # Hidden ones are editors' own.
+        for other in file.parent.glob("[!.]*.yaml"):
+            shutil.copy(other, images)
+        (images / file.name).write_text(text)
+        try:
+            load_library([*(known for known in paths.library if known != paths.config), Path(folder)])
+        except ConfigError as exc:
+            wrong = "; ".join(f"{problem.field} {problem.message}".strip() for problem in exc.problems)
+            raise UsageError(re.sub(r"\s+", " ", wrong), subject=f"image {name}") from exc
 
 
 def _write(file: Path, text: str) -> None:

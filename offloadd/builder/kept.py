@@ -119,9 +119,7 @@ def open_resumed(root: Path, filename: str, sha256: str, *, max_bytes: int) -> I
     """
     path = root / f"{_RESUMED}{sha256}"
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_ours(file, path):
             with open_partial(root, filename, sha256, max_bytes=max_bytes) as growing:
                 yield growing
             return
@@ -134,6 +132,15 @@ def open_resumed(root: Path, filename: str, sha256: str, *, max_bytes: int) -> I
         finally:
             if not keeps or growing.size < WORTH_BYTES:
                 path.unlink(missing_ok=True)
+
+
+def _is_ours(file: IO[bytes], path: Path) -> bool:
+    """Lock it; False when somebody else has it, or had it and has moved it to its place since it was opened."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def sweep(root: Path) -> None:

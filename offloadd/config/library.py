@@ -16,7 +16,8 @@ from offloadd.config.document import Document, read_document
 from offloadd.config.load import check_document
 from offloadd.errors import ConfigError, NotFoundError, Problem, UsageError
 from offloadd.model.image import IMAGE_KINDS, FileImage, ImageDeclaration
-from offloadd.model.machine import KINDS, Machine, VmMachine
+from offloadd.model.kinds import KINDS
+from offloadd.model.machine import Machine, VmMachine
 from offloadd.model.system import SYSTEMS, nearest
 
 V = TypeVar("V", bound=Machine | ImageDeclaration)

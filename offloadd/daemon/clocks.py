@@ -11,7 +11,8 @@ import trio
 
 from offloadd.daemon.service import Service
 from offloadd.errors import AgentError, OffloadError
-from offloadd.model.machine import BinfmtMachine, Childhurd, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration
 from offloadd.model.state import MachineMode
 from offloadd.nursery import open_narrow_nursery

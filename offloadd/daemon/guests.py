@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +29,8 @@ from offloadd.errors import (
 from offloadd.guest.agent import Agent, open_agent
 from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, wake
 from offloadd.guest.ssh import Guest
-from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import VmMachine
 from offloadd.model.quantity import format_duration
 from offloadd.place.warm_up import warm_up
 from offloadd.plan.machine import VmPlan
@@ -124,6 +125,9 @@ async def open_paused_clone(
         yield FreshGuest(instance=instance, agent=agent, origin="clone")
 
 
+_Start = Callable[[AsyncExitStack, SavedGuest | None], Awaitable[FreshGuest]]
+
+
 @dataclass
 class Guests:
     """Makes them."""
@@ -144,11 +148,17 @@ class Guests:
         Raises:
             BootError, AgentError, ProtocolError, MachineLostError, HostError, ImageError: there is none to be had.
         """
+
+        async def start(stack: AsyncExitStack, saved: SavedGuest | None) -> FreshGuest:
+            cores = stack.enter_context(self.shop.cores.share(plan.cpu_count))
+            opened = open_fresh(self.shop, plan, tell, cores=cores, logs=logs, purpose=purpose, saved=saved)
+            return await stack.enter_async_context(opened)
+
         async with AsyncExitStack() as stack:
-            guest = await self._try_clone(stack, plan, machine, tell, logs, purpose) if machine.template else None
+            guest = await self._try_clone(stack, plan, machine, tell, start) if machine.template else None
             if guest is None:
                 tell(f"booting {machine.name}", None)
-                guest = await self._start(stack, plan, tell, logs, purpose, None)
+                guest = await start(stack, None)
             if purpose == "build":
                 await self.equip(guest, machine)
             yield guest
@@ -212,15 +222,8 @@ class Guests:
             # Nobody logs in there: it gets no keys for that.
             await install_secrets(guest.agent, self.shop.secrets(machine).root, without="/etc/ssh/")
 
-    async def _start(
-        self, stack: AsyncExitStack, plan: VmPlan, tell: Progress, logs: Path, purpose: Purpose, saved: SavedGuest | None
-    ) -> FreshGuest:
-        cores = stack.enter_context(self.shop.cores.share(plan.cpu_count))
-        opened = open_fresh(self.shop, plan, tell, cores=cores, logs=logs, purpose=purpose, saved=saved)
-        return await stack.enter_async_context(opened)
-
     async def _try_clone(
-        self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, logs: Path, purpose: Purpose
+        self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, start: _Start
     ) -> FreshGuest | None:
         """A clone, or None when there can be none; whoever follows is told why."""
         key = template_key(plan)
@@ -238,7 +241,7 @@ class Guests:
                 _note(machine, f"no template: {exc}", tell)
                 return None
             try:
-                guest = await self._start(attempt, plan, tell, logs, purpose, saved)
+                guest = await start(attempt, saved)
             except NO_CLONE as exc:
                 _note(machine, f"the template is of no use: {exc}", tell)
                 await attempt.aclose()

@@ -12,35 +12,28 @@ from pathlib import Path
 import structlog
 import trio
 
-from offloadd.daemon.guests import Guests
+from offloadd.daemon.guests import REBOOT_PAUSES_S, Guests
 from offloadd.daemon.own_fault import own_fault
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import (
-    AgentError,
-    BootError,
-    CancelledError,
-    ConfigError,
-    DaemonError,
-    HostError,
-    MachineLostError,
-    NotFoundError,
-    OffloadError,
-)
+from offloadd.errors import AgentError, BootError, CancelledError, DaemonError, HostError, NotFoundError, OffloadError
 from offloadd.guest.agent import Agent
-from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, start_sshd
-from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.guest.open import install_secrets, open_guest, personalize, start_sshd
+from offloadd.guest.secret_root import SecretRoot
 from offloadd.guest.ssh import open_ssh
-from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import VmMachine
+from offloadd.model.quantity import format_duration
 from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress, host_error, silent
-from offloadd.vm.instance import Instance, adopt_instance
-from offloadd.vm.record import InstanceRecord, read_record
+from offloadd.vm.instance import Instance
 
 LOST_S = 2.0
 SYNC_S = 60.0
 """For a guest to write what its disk still lacks, which it has not written for half a minute at most."""
+SETTLED_S = 60.0
+"""A guest that reboots sooner after it was ready may do that for ever."""
 KEPT_LOGS = 10
 """Runs of a machine whose console logs are kept."""
 
@@ -60,6 +53,8 @@ class RunningMachine:
         self.ready = False
         """Whether it can be used now."""
         self.was_ready = False
+        self.stopping = False
+        """Whether we end it: then a reboot is its end too."""
         self.secrets: SecretRoot | None = None
         self.error: OffloadError | None = None
         self.phase: tuple[str, float | None] = ("starting", None)
@@ -133,8 +128,8 @@ class Machines:
         name = machine.name  # it may have been asked for by another one
         running = self._running.get(name)
         if running is None:
-            running = self._running[name] = RunningMachine(name, machine)
-            self._nursery.start_soon(self._own, running, machine)
+            running = RunningMachine(name, machine)
+            self.own(running, partial(self._start, running, machine))
         while not running.ready:
             progress(*running.phase)
             if running.ended.is_set():
@@ -152,8 +147,8 @@ class Machines:
         running = self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
         if running is None:
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
-        name = running.name
-        self._move(name, MachineState.STOPPING)
+        running.stopping = True  # its guest may reboot while we wait
+        self.move(running.name, MachineState.STOPPING)
         if running.instance is not None and running.was_ready:
             await self._write_out(running, running.instance)
             await running.instance.stop()
@@ -182,36 +177,44 @@ class Machines:
         except OffloadError as exc:
             log.error("machine not stopped", machine=name, error=str(exc))
 
-    async def _own(self, running: RunningMachine, machine: VmMachine) -> None:
-        name = running.name
-        self._move(name, MachineState.STARTING)
-        log.info("machine starting", machine=name)
+    def own(self, running: RunningMachine, life: Callable[[], Awaitable[None]]) -> None:
+        """Have it among those that run for as long as `life` takes, however that ends."""
+        self._running[running.name] = running
+        self._nursery.start_soon(self._own, running, life)
+
+    async def _own(self, running: RunningMachine, life: Callable[[], Awaitable[None]]) -> None:
         try:
             with running.scope:
-                await self._boot_and_wait(running, machine)
+                await life()
         except OffloadError as exc:
             running.error = exc
         except OSError as exc:
-            running.error = host_error(exc, name, self._workshop.paths.state)
+            running.error = host_error(exc, running.name, self._workshop.paths.state)
         except Exception as exc:
             # It must not take the builds and the other machines along.
-            running.error = own_fault(exc, name)
+            running.error = own_fault(exc, running.name)
         finally:
             self._forget(running)
 
-    async def _boot_and_wait(self, running: RunningMachine, machine: VmMachine) -> None:
+    async def _start(self, running: RunningMachine, machine: VmMachine) -> None:
+        self.move(running.name, MachineState.STARTING)
+        log.info("machine starting", machine=running.name)
+        await self.boot_and_wait(running, machine)
+
+    async def boot_and_wait(self, running: RunningMachine, machine: VmMachine) -> None:
+        """From its plan to its end."""
         shop = self._workshop
         plan = await shop.plan(machine, shop.library(), running.tell)
         running.secrets = shop.secrets(machine)
         if not plan.boot.has_agent:
             await self._own_bare(running, machine, plan)
             return
-        logs = self._log_folder(machine.name)
+        logs = self.log_folder(machine.name)
         async with self._guests.open(plan, machine, running.tell, logs=logs, purpose="machine") as guest:
             running.instance = guest.instance
             await self._open_to_users(running, guest.agent)
-            await self._be_ready(running, guest.instance, guest.agent)
-            await self._serve(running, guest.instance, fresh=False)
+            await self.be_ready(running, guest.instance, guest.agent)
+            await self.serve(running, guest.instance, fresh=False)
 
     async def _open_to_users(self, running: RunningMachine, agent: Agent) -> None:
         assert running.secrets is not None
@@ -220,7 +223,7 @@ class Machines:
         running.tell("waiting for sshd")
         await start_sshd(agent)
 
-    async def _serve(self, running: RunningMachine, instance: Instance, *, fresh: bool) -> None:
+    async def serve(self, running: RunningMachine, instance: Instance, *, fresh: bool) -> None:
         """Connect again and again until its end.
 
         Args:
@@ -233,7 +236,7 @@ class Machines:
                         await personalize(instance, agent)
                         await self._open_to_users(running, agent)
                         fresh = False
-                    await self._be_ready(running, instance, agent)
+                    await self.be_ready(running, instance, agent)
             except (AgentError, BootError):
                 # A guest that powers off loses its connection first: that end is no failed boot.
                 if not running.was_ready or not await _ends_soon(instance):
@@ -244,38 +247,45 @@ class Machines:
 
         A childhurd that reboots is started again.
         """
-        reboots = True
-        while reboots:
-            logs = self._log_folder(machine.name)
+        soon, again = 0, True
+        while again:
+            logs = self.log_folder(machine.name)
             opened = self._guests.open_by_ssh(
                 plan, machine, running.tell, logs=logs, purpose="machine", booted=partial(setattr, running, "instance")
             )
             async with opened as guest:
-                await self._be_ready(running, guest.instance, None)
-            reboots = self._starts_again(running, machine, guest.instance)
+                began = trio.current_time()
+                await self.be_ready(running, guest.instance, None)
+            soon = soon + 1 if trio.current_time() - began < SETTLED_S else 0
+            again = await self.starts_again(running, guest.instance, soon)
 
-    def _starts_again(self, running: RunningMachine, machine: VmMachine, instance: Instance) -> bool:
-        """Whether it has ended by a reboot of its guest's, which QEMU makes its end."""
-        rebooted = instance.outcome is not None and instance.outcome.rebooted
-        if not rebooted or not isinstance(machine, Childhurd):
+    async def starts_again(self, running: RunningMachine, instance: Instance, soon: int = 0) -> bool:
+        """Whether it has ended by a reboot of its guest's, which QEMU makes its end, and is to be started again now.
+
+        Args:
+            soon: how many times in a row it has ended within `SETTLED_S` of being ready: it waits longer each time.
+        Raises:
+            BootError: it reboots again and again.
+        """
+        outcome = instance.outcome
+        if outcome is None or not outcome.rebooted or running.stopping or not isinstance(running.declared, Childhurd):
             return False
-        log.info("machine reboots", machine=running.name)
-        self._move(running.name, MachineState.STOPPED_BY_GUEST, "rebooted from inside the guest")
-        self._move(running.name, MachineState.STARTING)
+        if soon > len(REBOOT_PAUSES_S):
+            what = f"rebooted {soon} times in a row, each time within {format_duration(SETTLED_S)} of being ready"
+            raise BootError(what, subject=running.name, detail=outcome.detail, hint=f"offload vm logs {running.name}")
+        log.info("machine reboots", machine=running.name, soon=soon)
+        self.move(running.name, MachineState.STOPPED_BY_GUEST, "rebooted from inside the guest")
+        self.move(running.name, MachineState.STARTING)
         running.was_ready = False
+        if soon:
+            pause = REBOOT_PAUSES_S[soon - 1]
+            running.tell(f"it rebooted as soon as it was ready: starting it again in {format_duration(pause)}")
+            await trio.sleep(pause)
         return True
 
-    async def _serve_adopted(self, running: RunningMachine, instance: Instance) -> None:
-        """What an earlier daemon has started, without an agent."""
-        assert running.secrets is not None
-        if not running.was_ready:
-            async with open_by_ssh(instance, running.secrets, self._workshop.bridge, running.tell, adopted=True):
-                pass
-        await self._be_ready(running, instance, None)
-
-    async def _be_ready(self, running: RunningMachine, instance: Instance, agent: Agent | None) -> None:
+    async def be_ready(self, running: RunningMachine, instance: Instance, agent: Agent | None) -> None:
         """Until the instance ends or the connection to its agent breaks."""
-        self._move(running.name, MachineState.RUNNING)
+        self.move(running.name, MachineState.RUNNING)
         running.guest, running.ready, running.was_ready = agent, True, True
         running.tell("ready", 1.0)
         log.info("machine running", machine=running.name, ports=instance.record.ports)
@@ -296,18 +306,19 @@ class Machines:
             running_before = self._workshop.database.machine(running.name).state is MachineState.RUNNING
             state = MachineState.CRASHED if crashed or running_before else MachineState.STOPPED
             reason, detail = running.error.what, running.error.detail
-        elif outcome is not None:
+        elif outcome is not None and not (running.stopping and outcome.state is MachineState.STOPPED_BY_GUEST):
             state, reason, detail = outcome.state, outcome.reason, outcome.detail
         else:
             state, reason, detail = MachineState.STOPPED, "stopped by us", ""
-        self._move(running.name, state, reason, detail if state is MachineState.CRASHED or running.error else "")
+        self.move(running.name, state, reason, detail if state is MachineState.CRASHED or running.error else "")
         log.info("machine ended", machine=running.name, state=str(state), reason=reason)
         running.guest, running.ready = None, False
         del self._running[running.name]
         running.ended.set()
         running.changed.unpark_all()
 
-    def _move(self, name: str, state: MachineState, reason: str = "", detail: str = "") -> None:
+    def move(self, name: str, state: MachineState, reason: str = "", detail: str = "") -> None:
+        """Store its state, where that is another one."""
         database = self._workshop.database
         if database.machine(name).state is not state:
             try:
@@ -318,82 +329,9 @@ class Machines:
                 # A guest that powers off while we ask it to: both are true, the first to be seen stays.
                 log.warning("state not moved", machine=name, error=str(exc))
 
-    def _log_folder(self, name: str) -> Path:
+    def log_folder(self, name: str) -> Path:
+        """For one run's logs; those of its oldest runs are dropped."""
         folder = self._workshop.paths.logs / name
         for old in sorted(folder.glob("*"))[: -KEPT_LOGS + 1]:
             shutil.rmtree(old, ignore_errors=True)
         return folder / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-
-    async def reconcile(self) -> None:
-        """Bring what an earlier daemon left to rest: adopt its users' machines, end the machines of its builds."""
-        left = sorted(self._workshop.paths.instances.glob("*"))
-        names = set()
-        for directory in left:
-            record = read_record(directory / "instance.json")
-            # One that was never let go has nothing in it worth keeping.
-            if record is not None and record.began and record.purpose == "machine" and self._declared(record.plan.machine):
-                name = record.plan.machine
-                names.add(name)
-                running = self._running[name] = RunningMachine(name, self._declaration(name))
-                self._nursery.start_soon(self._adopt, running, directory, record)
-            else:
-                await self._end_left(directory)
-        for row in self._workshop.database.machines():
-            busy = row.state in (MachineState.STARTING, MachineState.RUNNING, MachineState.STOPPING)
-            if busy and row.name not in names:
-                self._move(row.name, MachineState.CRASHED, "the daemon ended while it ran, and so did it")
-
-    async def _adopt(self, running: RunningMachine, directory: Path, record: InstanceRecord) -> None:
-        shop = self._workshop
-        try:
-            with running.scope, shop.cores.hold(record.cores):
-                running.secrets = self._secrets_of(running.name)
-                logs = self._log_folder(running.name)
-                async with adopt_instance(directory, logs=logs, bridge=shop.bridge) as running.instance:
-                    if running.instance is None:
-                        raise MachineLostError("ended while no daemon ran", subject=running.name)
-                    log.info("machine adopted", machine=running.name, pid=record.pid)
-                    # The earlier daemon may have been killed before it sent the secrets.
-                    fresh = shop.database.machine(running.name).state is MachineState.STARTING
-                    running.was_ready = not fresh
-                    if record.plan.boot.has_agent:
-                        await self._serve(running, running.instance, fresh=fresh)
-                    else:
-                        await self._serve_adopted(running, running.instance)
-                instance, machine = running.instance, running.declared
-                if machine is not None and self._starts_again(running, machine, instance):
-                    await self._boot_and_wait(running, machine)
-        except OffloadError as exc:
-            running.error = exc
-        except OSError as exc:
-            running.error = host_error(exc, running.name, shop.paths.state)
-        finally:
-            self._forget(running)
-
-    def _secrets_of(self, name: str) -> SecretRoot:
-        """Also when its file has become wrong while it ran: that is no reason to end it."""
-        try:
-            return self._workshop.secrets(self._workshop.library().vm(name))
-        except ConfigError:
-            return ensure_secret_root(name, self._workshop.paths.secrets)
-
-    def _declared(self, name: str) -> bool:
-        try:
-            return name in self._workshop.library().machines
-        except ConfigError as exc:
-            log.error("the configuration is wrong", error=str(exc))
-            return True
-
-    def _declaration(self, name: str) -> VmMachine | None:
-        try:
-            return self._workshop.library().vm(name)
-        except OffloadError:
-            return None
-
-    async def _end_left(self, directory: Path) -> None:
-        logs = self._workshop.paths.logs / "lost" / directory.name
-        try:
-            async with adopt_instance(directory, logs=logs, bridge=self._workshop.bridge):
-                log.info("ended what an earlier daemon left", instance=directory.name)
-        except OffloadError as exc:
-            log.warning("ended what an earlier daemon left", instance=directory.name, error=str(exc))

@@ -13,8 +13,9 @@ from offloadd.daemon.machines import Machines
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import OffloadError
 from offloadd.guest.secret_root import ACCOUNT, SecretRoot
+from offloadd.model.childhurd import Childhurd
 from offloadd.model.image import FileImage
-from offloadd.model.machine import BuildDaemon, Childhurd, Machine, SshMachine, VmMachine
+from offloadd.model.machine import BuildDaemon, Machine, SshMachine, VmMachine
 from offloadd.model.offer import Offer, OfferState
 from offloadd.model.state import MachineMode, MachineState
 

@@ -19,7 +19,8 @@ from offloadd.daemon.workshop import Workshop
 from offloadd.environment.store import Environment
 from offloadd.errors import MachineLostError, NoMachineError, SshError, UsageError
 from offloadd.guest.ssh import Guest, open_ssh
-from offloadd.model.machine import BinfmtMachine, Childhurd, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date
 from offloadd.model.state import BuildState
 from offloadd.place.childhurd import open_in_childhurd
@@ -200,7 +201,8 @@ def _check_fits(machine: VmMachine, wanted: VmPlan, running: VmPlan) -> None:
     hint = f"without --keep-machine the build gets a fresh guest; or offload vm stop {machine.name}"
     if wanted.cpu != running.cpu:
         raise UsageError(f"has the CPU {running.cpu}, and the build asks for {wanted.cpu}", subject=machine.name, hint=hint)
-    if wanted.boot.digest != running.boot.digest:
+    # Not their digests: that of a disk that stays changes as its guest writes.  A kept image's path has its digest in it.
+    if wanted.boot.disk != running.boot.disk:
         raise UsageError("runs from an older image", subject=machine.name, hint=hint)
     # A machine without a date in its file has that of its start.
     if machine.date not in (None, running.date):

@@ -94,7 +94,8 @@ class _Wanted:
         return self.plan.boot.digest in images or self.digest in templates
 
     def wants(self) -> Sequence[Want]:
-        counts: dict[Kind, int] = {"started": 1, "warm": self.warm}
+        # Options may name what one QEMU alone can have, as a port: such a machine has clones that wait when its file says so.
+        counts: dict[Kind, int] = {"started": 0 if self.plan.options else 1, "warm": self.warm}
         machine, memory = self.plan.machine, self.plan.memory_mib
         return [
             Want(machine=machine, kind=kind, digest=self.digest, count=count, memory_mib=memory, used=self.used)

@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from offloadd.builder.archive import Archive
+from offloadd.daemon.adoption import Adoption
 from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.guests import Guests
@@ -174,7 +175,7 @@ async def open_service(paths: Paths, *, idle_timeout_s: float) -> AsyncIterator[
     async with open_workshop(paths, paths.database) as workshop, trio.open_nursery() as machine_nursery:
         guests = Guests(workshop)
         machines = Machines(workshop, guests, machine_nursery)
-        await machines.reconcile()
+        await Adoption(workshop, machines).reconcile()
         async with open_pool(guests) as pool, trio.open_nursery() as build_nursery, trio.open_nursery() as request_nursery:
             slots = Slots()
             survey = Survey(workshop, machines, slots)

@@ -22,8 +22,9 @@ from offloadd.daemon.templates import has_template
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, NotAllowedError, NotFoundError, OffloadError
 from offloadd.host import native_systems, systems_of
+from offloadd.model.childhurd import Childhurd
 from offloadd.model.image import FileImage
-from offloadd.model.machine import BinfmtMachine, Childhurd, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.machine import BinfmtMachine, EmulatedVm, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.state import MachineMode
 from offloadd.model.system import SYSTEMS
 from offloadd.nursery import open_narrow_nursery

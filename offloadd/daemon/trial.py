@@ -32,7 +32,8 @@ from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
 from offloadd.guest.ssh import Guest, open_remote
 from offloadd.host import native_systems, systems_of
-from offloadd.model.machine import BinfmtMachine, Childhurd, LocalMachine, Machine, SshMachine, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import BinfmtMachine, LocalMachine, Machine, SshMachine, VmMachine
 from offloadd.model.quantity import format_date, format_duration, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.place.local import LocalService
@@ -147,6 +148,11 @@ class Trial:
 
     async def _try_vm(self, machine: VmMachine) -> None:
         shop = self._shop
+        if not machine.volatile:
+            # A trial's guest is ended without being told: what it had not written yet would be lost.
+            hint = f"offload vm start {machine.name}, then build in it: offload build --machine {machine.name}"
+            self._note("start it", "", "keeps its disk, which is not for a trial to boot from", hint)
+            return
         instance_name = f"test-{secrets.token_hex(4)}"
         plan = await self._check(
             "prepare it", lambda: shop.plan(machine, shop.library(), self._progress), lambda plan: f"image {plan.boot.image}"

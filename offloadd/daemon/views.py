@@ -14,8 +14,9 @@ from offloadd.daemon.service import Service
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import ConfigError, ImageError
 from offloadd.image.store import Image
+from offloadd.model.childhurd import Childhurd
 from offloadd.model.image import FileImage, ImageDeclaration
-from offloadd.model.machine import Childhurd, Machine, VmMachine
+from offloadd.model.machine import Machine, VmMachine
 from offloadd.model.quantity import format_date
 from offloadd.plan.argv import InstanceFiles
 from offloadd.plan.machine import HURD_CPU

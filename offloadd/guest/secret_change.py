@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from offloadd.errors import HostError, NotAllowedError, UsageError
 from offloadd.guest.guix_secrets import FILES, GUIX, ensure_guix_secrets, renew_signing_key
 from offloadd.guest.secret_root import SecretRoot, find_secret_root, has_account, secrets_of, write_new
-from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import VmMachine
 
 SecretKind = Literal["host", "client", "guix"]
 """The guest's SSH host keys; the key that we log in with; Guix's signing key of the guest."""

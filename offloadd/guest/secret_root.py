@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import asyncssh
 
 from offloadd.errors import HostError
 from offloadd.guest.guix_secrets import ensure_guix_secrets
-from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.guest.secret_service import UNFINISHED
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import VmMachine
 from offloadd.paths import make_private
 
 ACCOUNT = "offloading"
@@ -148,12 +151,15 @@ def _ensure_key(path: Path, algorithm: str, comment: str) -> str:
 
 def write_new(path: Path, content: bytes, mode: int) -> None:
     """The right mode from the first moment, and complete or absent."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(fd, "wb") as file:
-        os.fchmod(fd, mode)
-        file.write(content)
-    new.replace(path)
+    fd, new = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            os.fchmod(fd, mode)
+        Path(new).replace(path)
+    except BaseException:
+        Path(new).unlink(missing_ok=True)
+        raise
 
 
 def _ensure_line(path: Path, line: str) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +30,8 @@ HELLO = b"(secret-service-server (version 0))"
 MAX_FILES = 1000
 MAX_TOTAL = 64 * 1024**2
 """What the receiver in our images takes at most, in files and bytes."""
+UNFINISHED = ".offload-new"
+"""How the name of a file ends while it is written; one that was left so is not sent."""
 
 _RETRY_S = 0.1
 _REFUSED_S = 1.0
@@ -62,36 +63,10 @@ def encode_header(files: Sequence[SecretFile]) -> bytes:
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"} | {
     chr(code): f"\\x{code:02x}" for code in (*range(9), *range(11, 32), 127)
 }
-_UNESCAPED = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 def _escape(name: str) -> str:
     return "".join(_ESCAPED.get(character, character) for character in name)
-
-
-_HEADER = re.compile(r"\(secrets \(version 0\) \(files \((.*)\)\)\)", re.DOTALL)
-_ENTRY = re.compile(r'\("((?:[^"\\]|\\.)*)" ([0-9]{1,15}) ([0-9]{1,15})\) ?', re.DOTALL)
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
-
-
-def decode_header(header: bytes) -> list[tuple[str, int, int]]:
-    """(name, size, mode) of each file of a header as `encode_header` writes it; ProtocolError when it is none."""
-    try:
-        found = _HEADER.fullmatch(header.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        raise ProtocolError("the header of the secrets is not UTF-8") from exc
-    files, at = [], 0
-    entries = found[1] if found else ""
-    while entry := _ENTRY.match(entries, at):
-        files.append((_ESCAPE.sub(_unescape, entry[1]), int(entry[2]), int(entry[3])))
-        at = entry.end()
-    if found is None or at < len(entries):
-        raise ProtocolError("the header of the secrets is not understood")
-    return files
-
-
-def _unescape(match: re.Match[str]) -> str:
-    return chr(int(match[1], 16)) if match[1] else _UNESCAPED.get(match[2], match[2])
 
 
 def read_secret_root(root: Path) -> list[SecretFile]:
@@ -130,7 +105,7 @@ def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
     # pathlib has no walk before 3.12.
     for directory, names, files in os.walk(root, onerror=note):
         links = [name for name in names if os.path.islink(os.path.join(directory, name))]  # noqa: PTH114, PTH118
-        yield from (Path(directory, name) for name in (*links, *files))
+        yield from (Path(directory, name) for name in (*links, *files) if not name.endswith(UNFINISHED))
 
 
 def _read_file(path: Path, name: str) -> SecretFile:

@@ -125,7 +125,8 @@ def _read_gpt(disk: BinaryIO, name: str) -> Iterator[Partition]:
     header = disk.read(SECTOR)
     fields = _GPT.unpack_from(header.ljust(_GPT.size, b"\0"))
     magic, entries_at, count, entry_size = fields[0], fields[9], fields[10], fields[11]
-    if magic != _GPT_MAGIC or count > _GPT_MAX_ENTRIES or entry_size != _GPT_ENTRY_BYTES:
+    inside = entries_at * SECTOR + count * entry_size <= os.fstat(disk.fileno()).st_size
+    if magic != _GPT_MAGIC or count > _GPT_MAX_ENTRIES or entry_size != _GPT_ENTRY_BYTES or not inside:
         raise ImageError("its GPT is not understood", subject=name)
     for index in range(count):
         where = entries_at * SECTOR + index * entry_size

@@ -1,4 +1,4 @@
-"""What a machine's YAML file declares: one class for each kind.
+"""What a machine's YAML file declares: one class for each kind; childhurds are in `childhurd`, all of them in `kinds`.
 
 Field names and defaults are those of Guix's records *virtual-build-machine* and *build-machine*, so that its manual applies.
 """
@@ -9,9 +9,9 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
-from offloadd.model.base import Date, Duration, Feature, Name, Size, Text, Value
+from offloadd.model.base import Date, Duration, Feature, Name, Text, Value
 from offloadd.model.quantity import check_clock_holds
 from offloadd.model.system import SYSTEMS, SystemName
 
@@ -23,8 +23,6 @@ OLD_SSH_PORT = 2222
 """The same in childhurds made before Guix moved it."""
 SECRETS_PORT = 1004
 """The guest's port on which a guest without our agent takes its secrets (Guix: gnu/services/virtualization.scm)."""
-VNC_PORT = 5900
-
 
 BuildDaemon = Literal["guix", "nix"]
 """Who sends builds to our machines by itself: guix-daemon, nix-daemon."""
@@ -137,9 +135,14 @@ class VmMachine(Machine):
         return True
 
     @property
+    def forwards(self) -> tuple[tuple[int, int], ...]:
+        """(host port on 127.0.0.1, guest port)."""
+        return tuple(sorted(self.port_forwardings.items()))
+
+    @property
     def ssh_forward(self) -> int:
         """The host's port that leads to its sshd."""
-        hosts = {guest: host for host, guest in self.port_forwardings.items()}
+        hosts = {guest: host for host, guest in self.forwards}
         return hosts[SSH_PORT if SSH_PORT in hosts else OLD_SSH_PORT]
 
     @field_validator("port_forwardings")
@@ -202,114 +205,6 @@ class EmulatedVm(VmMachine):
                     f"a machine of type {systems[0]} does not run {system}: the first of the list is the machine's own"
                 )
         return systems
-
-
-HURD_TYPES = {"hurd-qcow2": "i586-gnu", "hurd64-qcow2": "x86_64-gnu"}
-"""Guix's image types for the Hurd -> the system type of what runs there."""
-SNAPSHOT = ("--snapshot", "-snapshot")
-
-
-class Childhurd(VmMachine):
-    """A GNU/Hurd machine, as Guix's *hurd-vm-configuration* declares it."""
-
-    kind: Literal["childhurd"]
-    type: Literal["hurd-qcow2", "hurd64-qcow2"] = "hurd-qcow2"
-    """32 or 64 bit; `systems` follows from it."""
-    systems: Annotated[tuple[SystemName, ...], Field(strict=False)] = ()
-    id: Annotated[int, Field(ge=1, le=40)] | None = None
-    """Of one of several: it ends the machine's name, and moves its ports by a thousand each."""
-    cpu_count: Annotated[int, Field(ge=1, le=255)] = 1
-    """GNU Mach uses no more unless it was made for that."""
-    disk_size: Size | Literal["guess"] = "guess"
-    """Bytes of the disk that the guest sees; by default as many as its image has."""
-    net_options: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
-    """QEMU's arguments for the network, with the forwardings; by default an rtl8139 with `port-forwardings`."""
-    offloading: bool = True
-    """Whether builds go there; else its guest needs no account for us."""
-    secret_retries: Annotated[int, Field(ge=0, le=10_000)] = 60
-    """How often a connection to its secret service that is refused is tried again, a second apart."""
-    secret_handshake_timeout: Duration = 180.0
-    """Seconds from the first connection to the guest's complete hello."""
-    port_forwardings: dict[Port, Port] = Field(default={})
-    """Host port on 127.0.0.1 -> guest port; by default those of `childhurd_forwards`."""
-    template: Literal[False] = False
-    """A clone of it could not be told its date: that takes our agent."""
-    warm: Literal[0] = 0
-    boot_timeout: Duration = 300.0
-    overload_threshold: Annotated[float, Field(gt=0, strict=False)] | None = 1.8
-    """The load that the Hurd reports is one too high."""
-    options: Annotated[tuple[Text, ...], Field(strict=False)] = (SNAPSHOT[0],)
-
-    @property
-    def volatile(self) -> bool:
-        return bool(set(SNAPSHOT) & set(self.options))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derive(cls, values: object) -> object:
-        """What follows from `type` and `id`; what is wrong in them is told by their own fields."""
-        if not isinstance(values, dict):
-            return values
-        derived, number = dict(values), values.get("id")
-        systems = tuple(values.get("systems") or ())
-        types = {(system,): kind for kind, system in HURD_TYPES.items()}
-        derived["type"] = values.get("type") or types.get(systems, "hurd-qcow2")
-        derived["systems"] = systems or (HURD_TYPES.get(str(derived["type"]), "i586-gnu"),)
-        ports = "port_forwardings" if "port_forwardings" in values else "port-forwardings"
-        if not values.get(ports) and (number is None or isinstance(number, int)):
-            derived[ports] = childhurd_forwards(number)
-        return derived
-
-    @field_validator("type")
-    @classmethod
-    def _builds_for_its_system(cls, kind: str, info: ValidationInfo) -> str:
-        own, systems = HURD_TYPES[kind], info.data.get("systems")
-        if systems is not None and systems != (own,):
-            raise ValueError(f"a childhurd of type {kind} builds for {own} alone, not {', '.join(systems)}")
-        return kind
-
-    @field_validator("id")
-    @classmethod
-    def _ends_its_name(cls, number: int | None, info: ValidationInfo) -> int | None:
-        name = info.data.get("name")
-        if number is not None and name is not None and not name.endswith(str(number)):
-            raise ValueError(f"a childhurd with the id {number} has a name that ends with it: {name}{number}")
-        return number
-
-    @field_validator("net_options")
-    @classmethod
-    def _leads_in(cls, options: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if options is not None:
-            inside = {int(port) for port in re.findall(r"hostfwd=tcp:[^,]*-[^,:]*:(\d{1,5})", " ".join(options))}
-            if SECRETS_PORT not in inside or not {SSH_PORT, OLD_SSH_PORT} & inside:
-                raise ValueError(
-                    f"must forward the guest's ports {SECRETS_PORT} and {SSH_PORT}: hostfwd=tcp:127.0.0.1:PORT-:{SSH_PORT}"
-                )
-        return options
-
-    @field_validator("disk_size")
-    @classmethod
-    def _can_be_sized(cls, size: int | str, info: ValidationInfo) -> int | str:
-        options = info.data.get("options")
-        if size != "guess" and options is not None and not set(SNAPSHOT) & set(options):
-            raise ValueError(f"without {SNAPSHOT[0]} in `options` the disk is the image's own file, which is not made larger")
-        return size
-
-
-def childhurd_forwards(number: int | None) -> dict[int, int]:
-    """Host port -> guest port for secrets, SSH and VNC, by id (Guix's manual, *hurd-vm-configuration*)."""
-    step = 1000 * (number or 0)
-    return {11004 + step: SECRETS_PORT, 10022 + step: SSH_PORT, 15900 + step: VNC_PORT}
-
-
-KINDS: dict[str, type[Machine]] = {
-    "local": LocalMachine,
-    "binfmt": BinfmtMachine,
-    "build-vm": BuildVm,
-    "childhurd": Childhurd,
-    "emulated-vm": EmulatedVm,
-    "ssh": SshMachine,
-}
 
 
 def _absolute(path: str) -> str:

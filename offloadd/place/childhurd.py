@@ -76,9 +76,11 @@ async def install_packages(root: PlainShell, packages: tuple[str, ...], log: Cal
             await process.send("".join(f"{package}\n" for package in packages).encode())
             await process.send_eof()
 
+    log(f"installing {len(packages)} packages and what they need with the guest's apt\n")
     with trio.move_on_after(INSTALL_S):
         async with root.open_process(INSTALL) as process, open_narrow_nursery() as nursery:
             nursery.start_soon(send, process)
+            nursery.start_soon(_drain, process)
             # What it does is told on standard error.
             while piece := await process.receive_error():
                 text = piece.decode(errors="replace")
@@ -87,9 +89,17 @@ async def install_packages(root: PlainShell, packages: tuple[str, ...], log: Cal
                     raise BuildFailedError("its apt says more than anybody reads")
                 log(text)
             status = await process.wait()
+            nursery.cancel_scope.cancel()
         if status:
             lines = clean(said).splitlines()[-_LAST_LINES:]
             what = f"the guest's apt cannot install what the build needs: exit status {status}"
             raise BuildFailedError(what, detail="\n".join(lines), hint="not every package of Debian's is there for GNU/Hurd")
         return
     raise BuildTimeoutError(f"the guest's apt did not install what the build needs within {format_duration(INSTALL_S)}")
+
+
+async def _drain(process: PlainProcess) -> None:
+    """Nothing is said there; a guest that does so all the same would wait for us."""
+    with suppress(SshError):
+        while await process.receive():
+            pass

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from offloadd.errors import OffloadError, UsageError
+from offloadd.model.childhurd import HOST_FORWARD, SNAPSHOT, Childhurd
 from offloadd.model.image import DiskFormat
-from offloadd.model.machine import OLD_SSH_PORT, SECRETS_PORT, SNAPSHOT, SSH_PORT, Childhurd, VmMachine
+from offloadd.model.machine import OLD_SSH_PORT, SECRETS_PORT, SSH_PORT, VmMachine
 from offloadd.model.quantity import check_clock_holds, format_size
 from offloadd.model.system import SYSTEMS
 from offloadd.plan.cpu import check_cpu, choose_cpu
@@ -24,9 +24,6 @@ MAX_BUILDS_INSIDE = 4
 """Of one machine: a PC has 32 places on its bus in all."""
 HURD_CPU = "qemu64"
 """QEMU's own default, which Guix leaves a childhurd."""
-
-_HOST_FORWARD = re.compile(r"(hostfwd=tcp:[^:,]*:)(\d+)-[^:,]*:(\d+)")
-"""In QEMU's `-netdev user`: host port, guest port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +152,9 @@ def _sized(machine: Childhurd, boot: BootFiles) -> BootFiles:
 
 
 def _forwards(machine: VmMachine, boot: BootFiles) -> tuple[tuple[int, int], ...]:
-    if isinstance(machine, Childhurd) and machine.net_options is not None:
-        found = _HOST_FORWARD.finditer(" ".join(machine.net_options))
-        return tuple((int(match[2]), int(match[3])) for match in found)
-    forwards = sorted(machine.port_forwardings.items())
-    if not boot.has_agent and SECRETS_PORT not in machine.port_forwardings.values():
-        forwards.append((0, SECRETS_PORT))
-    return tuple(forwards)
+    if boot.has_agent or SECRETS_PORT in {guest for _, guest in machine.forwards}:
+        return machine.forwards
+    return (*machine.forwards, (0, SECRETS_PORT))
 
 
 def _disk_slots(machine: VmMachine) -> int:
@@ -202,7 +195,7 @@ def _free(forwards: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _freed(options: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return None if options is None else tuple(_HOST_FORWARD.sub(r"\g<1>0-:\3", word) for word in options)
+    return None if options is None else tuple(HOST_FORWARD.sub(r"\g<1>0-:\3", word) for word in options)
 
 
 def _cpu(plan: VmPlan, wanted: str | None, known: Collection[str]) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 
-from offloadd.model.machine import Childhurd, Machine, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import Machine, VmMachine
 from offloadd.model.quantity import check_clock_holds, format_date, format_duration, format_size
 from offloadd.model.state import MachineMode
 from offloadd.model.system import SYSTEMS

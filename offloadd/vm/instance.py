@@ -265,15 +265,19 @@ class Instance:
             await self._qmp.wait_disk_full()
         except MachineLostError:
             return  # its end is seen by others
-        self._fault = "the host's disk is full: what the guest wrote has no room"
-        self._process.kill()
+        await self._end_for("the host's disk is full: what the guest wrote has no room")
 
     async def _end_when_panicked(self) -> None:
         """Mach has no device to tell of a panic, and waits for long before it starts again."""
         while (panic := find_panic(self.console_tail())) is None:  # noqa: ASYNC110 - nothing tells that a file has grown
             await trio.sleep(PANIC_LOOK_S)
-        self._fault = f"the guest's kernel panicked: {panic}"
-        self._process.kill()
+        await self._end_for(f"the guest's kernel panicked: {panic}")
+
+    async def _end_for(self, fault: str) -> None:
+        """At once, unless its disk stays: what QEMU still holds of what the guest wrote is written out by `quit`."""
+        self._fault = fault
+        if self.record.plan.volatile or not await self._ends_after("quit", QUIT_S):
+            self._process.kill()
 
     async def _watch(self, scope: trio.CancelScope) -> None:
         with scope:
@@ -290,7 +294,10 @@ class Instance:
             self._ended.set()
 
     async def _end(self) -> None:
-        """Whatever happened: no QEMU is left when the block is."""
+        """Whatever happened: no QEMU is left when the block is.
+
+        What the guest itself has not written to its disk yet is lost: whoever wants it stops the guest before.
+        """
         if not self._ended.is_set():
             with trio.CancelScope(shield=True):
                 await self.stop(polite_s=0)

@@ -117,11 +117,12 @@ def _open_own(plan: VmPlan) -> Iterator[int]:
     except OSError as exc:
         raise HostError(f"cannot write to its disk {path}: {exc.strerror}", subject=plan.instance) from exc
     try:
-        # The lock is of what was opened, which QEMU gets: it ends with the last that has it.
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            # The lock is of what was opened, which QEMU gets: it ends with the last that has it.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise HostError(f"its disk {path} belongs to another machine that runs", subject=plan.instance, hint=hint) from exc
         yield fd
-    except BlockingIOError as exc:
-        raise HostError(f"its disk {path} belongs to another machine that runs", subject=plan.instance, hint=hint) from exc
     finally:
         os.close(fd)
 

@@ -27,6 +27,7 @@ _MAX_PPM = 64 * 1024**2
 """Bytes; of the largest mode of QEMU's standard VGA, 2560 x 1600, there are 12 MB."""
 _NO_SCREEN = "no console"
 """QEMU 4.2 to 10: There is no console to take a screendump from."""
+_PAUSE_S = 0.5
 
 
 async def serve_screen(qmp: Qmp, path: Path) -> None:
@@ -38,7 +39,12 @@ async def serve_screen(qmp: Qmp, path: Path) -> None:
     """
     with _listener(path, qmp.instance) as listener:
         for number in count():
-            viewer, _ = await listener.accept()
+            try:
+                viewer, _ = await listener.accept()
+            except OSError:
+                # That viewer gave up, or we have no descriptor left just now: the machine goes on.
+                await trio.sleep(_PAUSE_S)
+                continue
             # A QEMU that goes away is seen by others; one that refuses this viewer may take the next.
             with viewer, suppress(MachineLostError):
                 name = f"viewer{number}"

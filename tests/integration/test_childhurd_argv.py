@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from offloadd.model.machine import Childhurd
+from offloadd.model.childhurd import Childhurd
 from offloadd.plan.machine import BootFiles, plan_vm
 from offloadd.vm.ports import parse_usernet
 from tests.ports import own_childhurd_ports

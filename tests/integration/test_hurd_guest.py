@@ -19,7 +19,7 @@ def apt(tmp_path: Path) -> Path:
         "#!/bin/sh\n"
         f'for word in "$@"; do echo "$word"; done >>{tmp_path}/told\n'
         f'echo "frontend=$DEBIAN_FRONTEND secret=$SECRET" >>{tmp_path}/told\n'
-        f'! grep -q "^$7$" {tmp_path}/fails\n'
+        f'! grep -q "^${{11}}$" {tmp_path}/fails\n'
     )
     program.chmod(0o755)
     (tmp_path / "fails").write_text("")
@@ -32,7 +32,8 @@ def install(apt: Path, wanted: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, input=wanted, capture_output=True, text=True, env=env, check=False)
 
 
-OPTIONS = ["-q", "-y", "-o", "Dpkg::Use-Pty=0", "-o", "Dpkg::Options::=--force-confold"]
+SETTINGS = ("Dpkg::Use-Pty=0", "Dpkg::Options::=--force-confold", "DPkg::Lock::Timeout=600", "Acquire::Languages=none")
+OPTIONS = ["-q", "-y", *(word for setting in SETTINGS for word in ("-o", setting))]
 TOLD = "frontend=noninteractive secret="
 
 

@@ -498,6 +498,35 @@ async def test_a_disk_that_was_full_before_the_instance_is_adopted(cramped: Benc
     cramped.assert_nothing_left()
 
 
+async def test_a_full_disk_below_one_that_stays_is_written_out_first(cramped: Bench) -> None:
+    plan = cramped.plan(FILL)
+    disk = cramped.instances / "disk"
+    with disk.open("wb") as file:
+        file.truncate(1 << 20)
+    async with cramped.open(replace(plan, boot=replace(plan.boot, disk=disk), volatile=False)) as instance:
+        with trio.fail_after(30):
+            outcome = await instance.wait_ended()
+    assert (outcome.state, outcome.reason, outcome.exit_status) == (MachineState.CRASHED, FULL, 0)
+    disk.unlink()
+    cramped.assert_nothing_left()
+
+
+@pytest.mark.parametrize(("volatile", "status"), [(True, -signal.SIGKILL), (False, 0)], ids=["thrown away", "stays"])
+async def test_a_panic_of_mach_s_ends_its_qemu(bench: Bench, volatile: bool, status: int) -> None:
+    """What QEMU still holds for a disk that stays is written out by its own end."""
+    code = say(b"panic ../kern/x.c:1: no more\r\n") + HALT
+    disk = bench.root / "boot.raw"
+    disk.write_bytes(code + bytes(510 - len(code)) + b"\x55\xaa" + bytes(1 << 20))
+    boot = replace(bench.plan().boot, kernel=None, initramfs=None, disk=disk)
+    plan = replace(bench.plan(), system="i586-gnu", cpu_count=1, boot=boot, disk_slots=0, volatile=volatile)
+    async with bench.open(plan, cores=(0,)) as instance:
+        with trio.fail_after(60):
+            outcome = await instance.wait_ended()
+    assert outcome.reason == "the guest's kernel panicked: no more"
+    assert (outcome.state, outcome.exit_status) == (MachineState.CRASHED, status)
+    bench.assert_nothing_left()
+
+
 FORGETFUL = """
 import os, signal, sys, trio
 from offloadd.bridge import open_bridge

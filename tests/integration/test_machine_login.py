@@ -63,7 +63,7 @@ class Served:
     async def serve(self) -> None:
         try:
             # Not as a fresh one, which would be made another machine: that would be this host.
-            await self.machines._serve(self.running, cast(Instance, self.stand_in), fresh=False)
+            await self.machines.serve(self.running, cast(Instance, self.stand_in), fresh=False)
         except OffloadError as exc:
             self.error = exc
         self.done.set()

@@ -201,9 +201,15 @@ def _hello_for_nobody(port: int) -> bytes:
 def test_secrets_of_a_machine_that_runs_stay(drawing: World) -> None:
     before = drawing.json("secrets", "show", "drawing2")
     refused = drawing.run("secrets", "rotate", "drawing2", "--yes", status=6).stderr
-    assert "drawing2: runs with its secrets" in refused
+    assert "drawing2: runs with these secrets" in refused
     assert "offload vm stop drawing2" in refused
     assert drawing.json("secrets", "show", "drawing2") == before
+    # Nor by way of another machine that has the same ones.
+    drawing.machine("sharing", f"secret-root: {before['root']}\n")
+    refused = drawing.run("secrets", "rotate", "sharing", "--yes", status=6).stderr
+    assert "drawing2: runs with these secrets" in refused
+    assert drawing.json("secrets", "show", "drawing2") == before
+    (drawing.root / "config/offload/machines/sharing.yaml").unlink()
 
 
 def test_secrets_of_one_that_does_not(drawing: World) -> None:

@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from offloadd.errors import BootError
-from offloadd.guest.secret_service import HELLO, SecretLimits, decode_header, deliver_secrets
+from offloadd.guest.secret_service import HELLO, SecretLimits, deliver_secrets
+from tests.secret_header import decode_header
 
 LIMIT_S = 30.0
 SHORT = SecretLimits(retries=0, handshake_timeout_s=0.6, send_s=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from offloadd.errors import HostError
-from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
+from offloadd.guest.secret_root import SecretRoot, ensure_secret_root, write_new
 from offloadd.guest.secret_service import read_secret_root
 
 
@@ -135,3 +136,23 @@ def test_the_umask_does_not_matter(tmp_path: Path) -> None:
         os.umask(before)
     assert mode(made.client_key) == 0o600
     assert mode(made.root) == 0o700
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fchmod", full)
+        with pytest.raises(HostError, match="No space left"):
+            ensure_secret_root("vm", tmp_path / "secrets")
+    assert not [path for path in (tmp_path / "secrets").rglob("*") if not path.is_dir()]
+    assert ensure_secret_root("vm", tmp_path / "secrets").client_key.exists()
+
+
+def test_what_a_killed_daemon_left_half_written_is_not_sent(made: SecretRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_secret_root(made.root)
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+    write_new(made.root / "etc/ssh/ssh_host_ed25519_key", b"half of a key", 0o600)
+    assert len(list(made.root.glob("etc/ssh/.ssh_host_ed25519_key.*"))) == 1
+    assert read_secret_root(made.root) == before

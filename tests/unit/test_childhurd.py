@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from offloadd.errors import UsageError
-from offloadd.model.machine import Childhurd, VmMachine
+from offloadd.config.load import parse_value
+from offloadd.errors import ConfigError, UsageError
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.kinds import KINDS
+from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
 from offloadd.plan.argv import QemuFds, qemu_argv
 from offloadd.plan.machine import BootFiles, VmPlan, default_qemu, plan_for_build, plan_vm
@@ -55,6 +58,28 @@ def test_its_type_and_its_systems_say_the_same() -> None:
         declare(systems=["x86_64-linux"])
     with pytest.raises(ValidationError, match="hurd64-qcow2"):
         declare(type="hurd")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("systems: 5", "expected a list, not 5"),
+        ("systems: i586-gnu", "expected a list, not 'i586-gnu'"),
+        ("systems: ''", "expected a list, not ''"),
+        ("systems: [[a]]", "input should be a valid string, not ['a']"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["childhurd", "emulated-vm"])
+def test_systems_of_a_wrong_form_are_told_once(kind: str, line: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_value(f"kind: {kind}\nname: m\nimage: i\n{line}\n", "m.yaml", KINDS[kind])
+    assert [(problem.line, problem.message) for problem in caught.value.problems] == [(4, message)]
+
+
+def test_an_id_that_is_too_large_is_told_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        declare(name="childhurd50", id=50)
+    assert [error["loc"] for error in caught.value.errors()] == [("id",)]
 
 
 def test_the_id_ends_the_name_and_moves_the_ports() -> None:
@@ -105,6 +130,7 @@ def test_net_options_stand_for_the_whole_network() -> None:
     own = ["-device", "ne2k_pci,netdev=n", "-netdev", "user,id=n,hostfwd=tcp:127.0.0.1:7022-:2222,hostfwd=tcp::7004-:1004"]
     kept = plan(net_options=own)
     assert kept.forwards == ((7022, 2222), (7004, 1004))
+    assert declare(net_options=own).ssh_forward == 7022
     argv = qemu_argv(kept, FDS)
     assert words(argv, "-netdev") == own[3:]
     assert words(argv, "-device")[1:] == ["ne2k_pci,netdev=n"]
@@ -119,6 +145,12 @@ def test_net_options_stand_for_the_whole_network() -> None:
 def test_net_options_must_lead_into_the_guest(words: list[str]) -> None:
     with pytest.raises(ValidationError, match="must forward the guest's ports 1004 and 22"):
         declare(net_options=words)
+
+
+@pytest.mark.parametrize("wrong", ["hostfwd=tcp::77777-:80", "hostfwd=tcp::0-:80", "hostfwd=tcp::7080-:77777"])
+def test_net_options_have_ports_that_there_are(wrong: str) -> None:
+    with pytest.raises(ValidationError, match="only 1 to 65535"):
+        declare(net_options=["-netdev", f"user,id=n,hostfwd=tcp::7022-:22,hostfwd=tcp::7004-:1004,{wrong}"])
 
 
 def test_a_build_has_ports_of_its_own_and_its_date() -> None:

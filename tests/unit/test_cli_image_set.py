@@ -63,6 +63,25 @@ def test_an_image_of_another_name(run: Run, tmp_path: Path) -> None:
     assert declared(tmp_path, "mine").customize is None
 
 
+def test_a_file_in_the_place_of_what_was_fetched(run: Run, tmp_path: Path) -> None:
+    images = tmp_path / "config_home/offload/images"
+    images.mkdir(parents=True)
+    (images / "mine.yaml").write_text(f"kind: url\nurl: https://h/a.img\nsha256: {SHA}\n")
+    assert run("mine", "disk.raw").exit_code == 0
+    assert (declared(tmp_path, "mine").kind, declared(tmp_path, "mine").url) == ("file", None)
+
+
+def test_what_the_file_is_like_counts_too(run: Run, tmp_path: Path) -> None:
+    images = tmp_path / "config_home/offload/images"
+    images.mkdir(parents=True)
+    (images / "far.yaml").write_text(f"kind: url\nurl: https://h/a.img\nsha256: {SHA}\n")
+    (images / "mine.yaml").write_text("like: far\n")
+    result = run("mine", "disk.raw")
+    assert result.exit_code == 2
+    assert "takes `path` (kind file) or `url`, not both" in " ".join(result.output.split())
+    assert declared(tmp_path, "mine").url == "https://h/a.img"
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

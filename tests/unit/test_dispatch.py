@@ -19,7 +19,8 @@ from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import BootError, NoMachineError
-from offloadd.model.machine import KINDS, LocalMachine, Machine
+from offloadd.model.kinds import KINDS
+from offloadd.model.machine import LocalMachine, Machine
 from offloadd.route import MachineFacts, Needs
 from offloadd.store.database import Database, open_database
 

@@ -109,3 +109,16 @@ def test_any_table_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, 
         return
     assert parts
     assert all(0 <= part.start <= part.end <= 100 * 512 for part in parts)
+
+
+@pytest.mark.parametrize("entries_at", [1 << 60, (1 << 64) - 1, 2047])
+def test_a_gpt_whose_entries_are_not_on_the_disk(tmp_path: Path, entries_at: int) -> None:
+    disk = tmp_path / "disk"
+    protective = struct.pack("<B3xB3xII", 0, 0xEE, 1, 100)
+    header = struct.pack(
+        "<8sIII4xQQQQ16sQIII", b"EFI PART", 1 << 16, 92, 0, 1, 2047, 34, 2000, bytes(16), entries_at, 128, 128, 0
+    )
+    sectors = bytes(446) + protective.ljust(64, b"\0") + b"\x55\xaa" + header
+    disk.write_bytes(sectors.ljust(MIB, b"\0"))
+    with pytest.raises(ImageError, match="its GPT is not understood"):
+        find_partitions(disk, "i")

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from offloadd.breaker import Breaker
 from offloadd.errors import NoMachineError
-from offloadd.model.machine import KINDS, BuildVm, Childhurd, EmulatedVm, Machine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.kinds import KINDS
+from offloadd.model.machine import BuildVm, EmulatedVm, Machine
 from offloadd.model.quantity import check_clock_holds
 from offloadd.model.state import MachineMode
 from offloadd.route import Cost, Decision, Emulation, MachineFacts, Needs, find_route

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import struct
 import sys
 import zlib
+from contextlib import nullcontext
+from pathlib import Path
 from random import Random
+from typing import cast
 
 import pytest
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_cli.relay import find_owner
 from offloadd.errors import ProtocolError
+from offloadd.vm import screen
+from offloadd.vm.qmp import Qmp
 from offloadd.vm.screen import PNG, _open_memory, _read_png, png
 
 
@@ -88,3 +96,38 @@ def test_whose_connection_it_is() -> None:
     assert find_owner(TABLE, ("127.0.0.1", 0xD432), ours) is None
     assert find_owner(TABLE, ("127.0.0.1", 1), ours) is None
     assert find_owner(TABLE, ("127.0.0.2", 0xD431), ours) is None
+
+
+class Listener:
+    """Each viewer but the first is there when it is accepted."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+
+    async def accept(self) -> tuple[socket.socket, str]:
+        self.accepted += 1
+        if self.accepted == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        if self.accepted == 2:
+            return socket.socket(socket.AF_UNIX), ""
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+async def test_a_viewer_that_cannot_be_accepted_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    listener, told = Listener(), list[str]()
+
+    class OfQemu:
+        instance = "m"
+
+        async def give(self, fd: int, name: str) -> None: ...
+
+        async def execute(self, command: str, **arguments: object) -> None:
+            told.append(command)
+
+    monkeypatch.setattr(screen, "_listener", lambda path, instance: nullcontext(listener))
+    with trio.move_on_after(60):
+        await screen.serve_screen(cast(Qmp, OfQemu()), Path("/vnc.sock"))
+    assert told == ["add_client"]

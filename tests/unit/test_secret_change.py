@@ -20,7 +20,8 @@ from offloadd.guest.secret_root import SecretRoot
 from offloadd.guest.secret_view import describe_secrets
 from offloadd.guix.acl import ACL, Acl, open_acl
 from offloadd.guix.key import PRIVATE_KEY, PUBLIC_KEY, make_signing_key, read_public_key
-from offloadd.model.machine import BuildVm, Childhurd, VmMachine
+from offloadd.model.childhurd import Childhurd
+from offloadd.model.machine import BuildVm, VmMachine
 
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 HOST = {f"etc/ssh/ssh_host_{kind}_key{end}" for kind in ("ed25519", "ecdsa") for end in ("", ".pub")}

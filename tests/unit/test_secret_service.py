@@ -12,13 +12,13 @@ from offloadd.guest.secret_service import (
     HELLO,
     MAX_FILES,
     SecretFile,
-    decode_header,
     encode_header,
     read_secret_root,
     receive_hello,
     send_secrets,
 )
 from tests.guest_modules import load_guest_module
+from tests.secret_header import decode_header
 
 guest_program = load_guest_module("guest_agent.secrets")
 

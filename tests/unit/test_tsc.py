@@ -13,7 +13,7 @@ from offloadd.vm.tsc import host_tsc_khz
 def test_it_is_measured_the_same_each_time() -> None:
     measured = [host_tsc_khz.__wrapped__() or 0 for _ in range(3)]
     assert 500_000 <= measured[0] <= 10_000_000
-    assert max(measured) - min(measured) <= 1000, "it is rounded to the million"
+    assert max(measured) - min(measured) <= 2000, "it is rounded to the million, and may lie between two"
 
 
 def test_other_processors_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
