@@ -139,7 +139,8 @@ class World:
                     continue
                 if f"XDG_STATE_HOME={self.root}/state" in environment.split("\0"):
                     found.append(pid)
-        return found
+        # What it starts looks like itself for a moment.
+        return [pid for pid in found if _parent(pid) not in found]
 
     def assert_nothing_left(self) -> None:
         """No QEMU that works for somebody, no directory of one, no file of a build under way."""
@@ -165,6 +166,13 @@ class World:
     def close(self) -> None:
         self.stop_daemon()
         shutil.rmtree(self.root)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _commands() -> Iterator[tuple[int, str]]:
