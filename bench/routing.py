@@ -27,6 +27,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "binfmt": {"systems": [ARM, "riscv64-linux", "s390x-linux"], "speed": 0.2},
     "build-vm": _VM | {"systems": [X86, "i686-linux"]},
     "emulated-vm": _VM | {"systems": [ARM]},
+    "childhurd": {"image": "hurd"},
     "ssh": {"systems": [X86, ARM], "host": "h", "host_key": "ssh-ed25519 AAAA", "private_key": "/k"},
 }
 _EMULATION = {"binfmt": Emulation.USER, "emulated-vm": Emulation.FULL}

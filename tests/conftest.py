@@ -185,11 +185,12 @@ def _commands() -> Iterator[tuple[int, str]]:
 
 def has_open_below(pid: int, folder: Path) -> bool:
     """Does the process have a file below `folder` open?  QEMU's command line names none."""
-    try:
-        links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return False
-    return any(link.startswith(f"{folder}/") for link in links)
+    with suppress(OSError):  # It has ended.
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # It has closed this one meanwhile, as when its daemon is gone.
+                if str(descriptor.readlink()).startswith(f"{folder}/"):
+                    return True
+    return False
 
 
 @pytest.fixture(scope="module")

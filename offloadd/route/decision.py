@@ -240,15 +240,16 @@ def _by_name(obstacle: _Obstacle) -> str:
 
 def _cost(question: Question, machine: Machine, known: MachineFacts) -> _Parts:
     """The parts of `Cost`."""
-    wishes, slots, load, threshold = question.wishes, machine.parallel_builds, known.load, machine.overload_threshold
+    needs, wishes, name = question.needs, question.wishes, machine.name
+    slots, load, threshold = machine.parallel_builds, known.load, machine.overload_threshold
     return (
-        min(wishes.get(machine.name, 0), wishes.get(machine.kind, 0)) if wishes else 0,
+        min(wishes.get(name, 0), wishes.get(machine.kind, 0)) if wishes else 0,
         load is not None and threshold is not None and load > threshold,
         known.emulation,
         known.busy >= slots,
-        not (known.started if question.needs.keep_machine or known.stateful else known.running),
+        not (known.started if needs.keep_machine or known.stateful else known.running),
         known.busy / slots,
         1 / machine.speed,
-        question.needs.environment not in known.environments,
-        machine.name,
+        needs.environment not in known.environments,
+        name,
     )

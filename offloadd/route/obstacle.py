@@ -21,12 +21,13 @@ from offloadd.route.needs import Emulation, MachineFacts, Needs
 class Question:
     """One request as it is put to each machine."""
 
-    __slots__ = ("_clocks", "needs", "now", "on_hurd", "on_vm", "wishes")
+    __slots__ = ("_clocks", "needs", "now", "on_hurd", "on_packages", "on_vm", "wishes")
 
     def __init__(self, needs: Needs, now: float) -> None:
         self.needs = needs
         self.now = now
         self.on_hurd = needs.system in _HURD
+        self.on_packages = bool(needs.packages) or needs.debian
         self.on_vm = needs.date is not None or needs.cpu is not None or needs.kernel is not None
         count = len(needs.prefer)
         self.wishes = {word: place - count for place, word in reversed(list(enumerate(needs.prefer)))}
@@ -44,6 +45,7 @@ class Question:
 
 Tell = Callable[[Question, Machine, MachineFacts], str]
 _HURD = frozenset(name for name, system in SYSTEMS.items() if system.kernel == "gnu")
+_ONLINE = MachineMode.ONLINE
 _NO_ENVIRONMENTS = ("ssh", "childhurd")
 """Kinds of machines that build with what they have; only their owners know what that is."""
 UNSEEN = MachineFacts(systems=())
@@ -69,7 +71,7 @@ def _cannot(question: Question, machine: Machine, known: MachineFacts) -> Tell |
         return _tell_takes_none
     if needs.features and not needs.features.issubset(machine.features):
         return tell_features
-    if machine.kind in _NO_ENVIRONMENTS and (tell := _lacks_packages(needs, machine)):
+    if question.on_packages and machine.kind in _NO_ENVIRONMENTS and (tell := _lacks_packages(needs, machine)):
         return tell
     if question.on_vm and (tell := _cannot_choose(question, machine, known)):
         return tell
@@ -111,7 +113,7 @@ def _cannot_choose(question: Question, machine: Machine, known: MachineFacts) ->
 
 
 def _may_not(question: Question, machine: Machine, known: MachineFacts) -> Tell | None:
-    if known.mode is not MachineMode.ONLINE:
+    if known.mode is not _ONLINE:
         return tell_mode
     if known.breaker.failures:  # the others need not be asked
         state = known.breaker.state(question.now)
