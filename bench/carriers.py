@@ -29,6 +29,16 @@ _PIECE = 1 << 20
 _SQFSTAR = "sqfstar -quiet -no-progress -noI -noD -noF -noX -no-duplicates"
 # The shell finds it without starting a process; `read` fails, as there is no end of line, and reads all the same.
 _FIND = 'for d in /sys/block/vd*; do s=; read -r s <$d/serial; [ "$s" = "$1" ] && break; done; d=/dev/${d##*/};'
+# What a build's end runs in the guest; its events go to whoever started it.
+_OUTPUTS = f"""
+import os, sys
+sys.path.insert(0, "/usr/lib/offload")
+from build_service.disks import open_scratch
+from build_service.outputs import OutputStream, send_outputs
+stream = OutputStream(open_scratch("/sys", sys.argv[1]))
+os.chdir("{THERE}")
+send_outputs([sys.argv[2]], stream)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,8 @@ class Carrier:
     """The load's folder becomes `THERE/<its name>` in the guest."""
     get: Callable[[Load, Path], Awaitable[object]]
     """That comes back below a directory on the host."""
+    settle: Callable[[Load], Awaitable[object]] | None = None
+    """Between the two, and not timed: it comes back from where the others have put it."""
     clean: Callable[[Load], Awaitable[object]]
     """Nothing of it is left in the guest."""
     target: float | None = None
@@ -100,7 +112,7 @@ def agent_carrier(agent: Agent) -> Carrier:
 
 
 def disk_carrier(instance: Instance, agent: Agent, scratch: Path) -> Carrier:
-    """In as a squashfs that the guest mounts, out as a tar that it writes to a disk."""
+    """In as a squashfs that the guest mounts, out as a tar that it writes to a disk, as it does for a build."""
     mounted: list[str] = []
 
     async def put(load: Load) -> None:
@@ -113,13 +125,16 @@ def disk_carrier(instance: Instance, agent: Agent, scratch: Path) -> Carrier:
         await _run(agent, f"{_FIND} mkdir -p {THERE}/.disk; mount -t squashfs -o ro $d {THERE}/.disk", serial)
         await _run(agent, f"ln -s .disk/{load.folder.name} {THERE}/{load.folder.name}")
 
+    async def settle(load: Load) -> None:
+        await _run(agent, f"cd {THERE}; rm {load.folder.name}; cp -r .disk/{load.folder.name} .")
+
     async def get(load: Load, back: Path) -> None:
         disk = scratch / "outputs.tar"
         with disk.open("xb") as file:
             # Room for the headers too; what nobody writes to takes none.
             os.truncate(file.fileno(), 2 * load.size + (64 << 20))
         serial = await instance.attach_disk(disk, writable=True)
-        await _run(agent, f"{_FIND} tar -c -b 2048 -f $d -C {THERE}/.disk {load.folder.name}", serial)
+        await _run(agent, 'exec python3 -c "$@"', _OUTPUTS, serial, load.folder.name)
         await instance.detach_disk(serial)
         await time_to_end(["tar", "-x", "-f", str(disk), "-C", str(back)], limit_s=LIMIT_S)
         await trio.Path(disk).unlink()
@@ -128,7 +143,7 @@ def disk_carrier(instance: Instance, agent: Agent, scratch: Path) -> Carrier:
         await _run(agent, f"umount {THERE}/.disk; rm -r {THERE}/.disk {THERE}/{load.folder.name}")
         await instance.detach_disk(mounted.pop())
 
-    return Carrier(name="a disk", put=put, get=get, clean=clean, target=0.2)
+    return Carrier(name="a disk", put=put, settle=settle, get=get, clean=clean, target=0.2)
 
 
 async def _run(agent: Agent, script: str, *words: str) -> None:

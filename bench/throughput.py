@@ -23,8 +23,8 @@ from offloadd.daemon.guests import FreshGuest
 from offloadd.nursery import narrow
 from offloadd.process import Progress
 
-WHOLE, SAMPLE = (1 << 30, 10_000), (64 << 20, 1_000)
-"""Bytes of the one file, and number of the small ones."""
+WHOLE, SAMPLE = (1 << 30, 10_000), (64 << 20, 2_000)
+"""Bytes of the one file, and number of the small ones: more than what goes in frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,8 @@ def _way(carrier: Carrier, load: Load, scratch: Path) -> Way:
         back.mkdir()
         try:
             put_s = await _timed(carrier.put(load))
+            if carrier.settle is not None:
+                await carrier.settle(load)
             get_s = await _timed(carrier.get(load, back))
             await trio.to_thread.run_sync(check_and_remove, load, back / load.folder.name)
         finally:
