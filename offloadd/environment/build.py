@@ -59,19 +59,28 @@ async def build_environment(recipe: EnvironmentRecipe, mirror: str | None, targe
         progress=lambda phase, fraction: progress(phase, None if fraction is None else fraction * _BOOTSTRAP_PART),
     )
     progress("writing the disk", _BOOTSTRAP_PART)
-    await _make_disk(recipe, tar, target / DISK)
+    await make_disk(recipe, tar, target / DISK)
     progress("checking what was made", 0.98)
+    await check_disk(recipe, target / DISK)
     status = await read_program(["tar", "-xOf", str(tar), "./var/lib/dpkg/status"], subject=str(recipe), error=ImageError)
     await trio.to_thread.run_sync(_write_manifest, recipe, target, installed_packages("\n".join(status)))
     await remove_tree(room)
 
 
-async def _make_disk(recipe: EnvironmentRecipe, tar: Path, disk: Path) -> None:
+async def make_disk(recipe: EnvironmentRecipe, tar: Path, disk: Path) -> None:
+    """Make the squashfs.  Raises HostError, ImageError."""
     # lz4: under emulation a guest decompresses it several times faster than anything smaller.
-    # sqfstar makes up the root directory itself; device files are the sandbox's business.
-    argv = ["sqfstar", "-comp", "lz4", "-b", "128K", "-no-progress", "-root-mode", "0755", str(disk), "dev/*"]
+    # sqfstar makes up the root directory itself; device files are the sandbox's business.  Its search for duplicates saves
+    # nothing here, and on a busy host has lost a file's block without a word (plougher/squashfs-tools, issues 273 and 361).
+    argv = ["sqfstar", "-comp", "lz4", "-b", "128K", "-no-duplicates", "-no-progress", "-root-mode", "0755", str(disk), "dev/*"]
     env = program_environment({"SOURCE_DATE_EPOCH": str(NEWEST_FILE)})
     await run_program(argv, stdin=tar, env=env, subject=str(recipe), error=ImageError, disk=disk.parent)
+
+
+async def check_disk(recipe: EnvironmentRecipe, disk: Path) -> None:
+    """Read all of it once, before builds are told that it is good.  Raises HostError, and ImageError when it is not."""
+    argv = ["unsquashfs", "-quiet", "-no-progress", "-pf", "/dev/null", str(disk)]
+    await run_program(argv, env=program_environment(), subject=str(recipe), error=ImageError)
 
 
 def _write_manifest(recipe: EnvironmentRecipe, target: Path, packages: dict[str, str]) -> None:
