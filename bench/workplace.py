@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from bench.measure import BenchError, time_program
 from offloadd.paths import Paths, find_paths, make_private
 
 MACHINE = "bench-vm"
+_WARM_WAITS = re.compile(r"a clone waits.*kind='?warm")
 OTHER_DATE = "2018-06-01"
 """Of a build that gets a VM of its own."""
 _MACHINE = """\
@@ -67,9 +69,9 @@ class Workplace:
         (self.paths.config / "machines" / f"{name}.yaml").write_text(f"name: {name}\n{text}")
 
     def wait_for_clone(self, count: int, limit_s: float = 60) -> None:
-        """Wait until the daemon's log has told so many times that a clone waits.  Raises BenchError when it does not."""
+        """Wait until the daemon's log has told of so many clones that wait warm.  Raises BenchError when it does not."""
         deadline = time.monotonic() + limit_s
-        while self.paths.daemon_log.read_text().count("a clone waits") < count:
+        while len(_WARM_WAITS.findall(self.paths.daemon_log.read_text())) < count:
             if time.monotonic() > deadline:
                 raise BenchError(f"no clone waits after {limit_s:.0f} s")
             time.sleep(0.1)
