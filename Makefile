@@ -5,7 +5,7 @@
 .SHELLFLAGS := -eu -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-# The tests start the program some thousand times: a third of a second more for each when its modules are translated anew.
+# The tests start the program very often: without it each start translates all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv

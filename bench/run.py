@@ -113,8 +113,9 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             lambda: measure_decision(place, limit(5, 5, 20), _tell("offload")),
             lambda: measure_offloading(place, _tell("offload"), quick=quick),
         )
-    with open_workplace(empty_cache=True) as place:
-        collect("image", lambda: measure_image(place, limit(90, 1, 3), _tell("image")))
+    if "image" in parts:
+        with open_workplace(empty_cache=True) as place:
+            collect("image", lambda: measure_image(place, limit(90, 1, 3), _tell("image")))
     collect("routing", lambda: measure_routing(limit(15, 5, 15), _tell("routing")))
     if failed:
         facts["failed"] = ", ".join(dict.fromkeys(failed))

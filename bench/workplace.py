@@ -73,7 +73,7 @@ class Workplace:
         deadline = time.monotonic() + limit_s
         while len(_WARM_WAITS.findall(self.paths.daemon_log.read_text())) < count:
             if time.monotonic() > deadline:
-                raise BenchError(f"no clone waits after {limit_s:.0f} s")
+                raise BenchError(f"no warm clone waits after {limit_s:.0f} s")
             time.sleep(0.1)
 
     def ask(self, *arguments: str) -> Any:

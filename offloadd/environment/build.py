@@ -70,15 +70,22 @@ async def build_environment(recipe: EnvironmentRecipe, mirror: str | None, targe
 async def make_disk(recipe: EnvironmentRecipe, tar: Path, disk: Path) -> None:
     """Make the squashfs.  Raises HostError, ImageError."""
     # lz4: under emulation a guest decompresses it several times faster than anything smaller.
-    # sqfstar makes up the root directory itself; device files are the sandbox's business.  Its search for duplicates saves
-    # nothing here, and on a busy host has lost a file's block without a word (plougher/squashfs-tools, issues 273 and 361).
+    # sqfstar makes up the root directory itself; device files are the sandbox's business.  Version 4.5.1 once left out a
+    # block of a file on a busy host, and said nothing.  Why is not known; races in the search for duplicates are (issue 361 of
+    # plougher/squashfs-tools, of a later version), and we can do without it.
     argv = ["sqfstar", "-comp", "lz4", "-b", "128K", "-no-duplicates", "-no-progress", "-root-mode", "0755", str(disk), "dev/*"]
     env = program_environment({"SOURCE_DATE_EPOCH": str(NEWEST_FILE)})
     await run_program(argv, stdin=tar, env=env, subject=str(recipe), error=ImageError, disk=disk.parent)
 
 
 async def check_disk(recipe: EnvironmentRecipe, disk: Path) -> None:
-    """Read all of it once, before builds are told that it is good.  Raises HostError, and ImageError when it is not."""
+    """Read all of it once, before builds are told that it is good.
+
+    It finds what cannot be decompressed; bytes that are wrong and can be, it does not.
+    Raises:
+        HostError: unsquashfs is missing.
+        ImageError: a part cannot be read.
+    """
     argv = ["unsquashfs", "-quiet", "-no-progress", "-pf", "/dev/null", str(disk)]
     await run_program(argv, env=program_environment(), subject=str(recipe), error=ImageError)
 

@@ -36,7 +36,7 @@ async def test_a_block_that_is_lost(tmp_path: Path) -> None:
     disk = await make(tmp_path)
     whole = disk.read_bytes()
     place = len(whole) // 2
-    # What follows stands where the block should be, as it did after sqfstar had lost one.
+    # What follows stands where compressed bytes should be: not all damage can be found by decompressing, this can.
     disk.write_bytes(whole[:place] + whole[place + 1000 : place + 101_000] + whole[place + 100_000 :])
     with pytest.raises(ImageError, match="unsquashfs") as caught:
         await check_disk(RECIPE, disk)
