@@ -1,8 +1,10 @@
 """The parts of the guest's build service that are pure functions, and that must agree with the standard library."""
 
+import errno
 import fnmatch
 import io
 import json
+import os
 import sys
 import tarfile
 from importlib import import_module
@@ -23,8 +25,8 @@ def load(name: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-disks, frames, outputs, patterns, source, steps = (
-    load(name) for name in ("disks", "frames", "outputs", "patterns", "source", "steps")
+clock, disks, frames, outputs, patterns, source, steps = (
+    load(name) for name in ("clock", "disks", "frames", "outputs", "patterns", "source", "steps")
 )
 
 texts = st.text(st.characters())
@@ -141,3 +143,57 @@ def test_a_disk_is_found_by_its_serial(tmp_path: Path, monkeypatch: pytest.Monke
         disks.find_disk(str(tmp_path), "env-2")
     (block / "null/serial").write_bytes(b"env-2\n")
     assert disks.find_disk(str(tmp_path), "env-2") == "/dev/null"
+
+
+class OldSystem:
+    """The clock functions of a system that has run for a while, and stands still whenever it was asked how long."""
+
+    CLOCK_REALTIME = 0
+
+    def __init__(self, *pauses: float) -> None:
+        self.age = 5.0
+        self.shown = 0.0
+        self.tries = 0
+        self._pauses = list(pauses)
+
+    def monotonic(self) -> float:
+        told = self.age
+        self.age += self._pauses.pop(0) if self._pauses else 0.0001
+        return told
+
+    def clock_settime(self, clock_id: int, moment: float) -> None:
+        self.tries += 1
+        if moment < self.age:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        self.shown = moment
+
+
+@pytest.mark.parametrize(("pauses", "tries"), [([], 1), ([0.02], 2), ([0.02, 0.1, 3.0, 0.2], 4)])
+def test_a_clock_is_set_to_1970_however_slow_the_guest_is(
+    monkeypatch: pytest.MonkeyPatch, pauses: list[float], tries: int
+) -> None:
+    system = OldSystem(*pauses)
+    monkeypatch.setattr(clock, "time", system)
+    clock.set_clock(0)
+    assert system.tries == tries
+    assert system.age <= system.shown < system.age + 3
+
+
+def test_a_clock_is_set_to_a_date_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = OldSystem(0.02)
+    monkeypatch.setattr(clock, "time", system)
+    clock.set_clock(1_000_000_000.5)
+    assert (system.shown, system.tries) == (1_000_000_000.5, 1)
+
+
+@pytest.mark.parametrize(("date", "error"), [(0, errno.EPERM), (0, errno.EINVAL), (1e300, errno.EINVAL)])
+def test_a_clock_that_cannot_be_set(monkeypatch: pytest.MonkeyPatch, date: float, error: int) -> None:
+    system = OldSystem()
+
+    def refuse(clock_id: int, moment: float) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(clock, "time", system)
+    monkeypatch.setattr(system, "clock_settime", refuse)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        clock.set_clock(date)

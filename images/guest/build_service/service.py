@@ -35,6 +35,7 @@ import sys
 import time
 
 from build_service.begin import check_begin
+from build_service.clock import set_clock
 from build_service.directory import claim_directory, remove_tree
 from build_service.disks import mount_source, open_scratch
 from build_service.frames import PIECE, Cancelled, Trouble, describe, parse_json, read_frame, send, send_event
@@ -72,8 +73,7 @@ def work(kernel, begin, place, options, user):
         mounts += mount_source(kernel, begin, ROOT, place, options["--sys"], user)
     if begin["date"] is not None:
         try:
-            # Linux has no clock that is younger than the boot: 1970-01-01T00:00:00 is a few seconds late.
-            time.clock_settime(time.CLOCK_REALTIME, max(begin["date"], time.monotonic() + 0.01))
+            set_clock(begin["date"])
         except OSError as exc:
             raise Trouble(f"cannot set the clock: {exc.strerror}") from exc
     send_event("started", clock=time.time(), cpu=cpu_model(), kernel=os.uname().release)

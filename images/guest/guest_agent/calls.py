@@ -4,6 +4,7 @@ import _signal
 import os
 import time
 
+from build_service.clock import set_clock
 from build_service.disks import find_disk
 from build_service.kernel import MS_NODEV, MS_NOSUID, MS_RDONLY, Kernel
 
@@ -13,8 +14,7 @@ from guest_agent.identity import seed, set_mac, set_machine_id, set_rtc
 def clock(given):
     """The clock, set to `date` (seconds since 1970) first when that is given."""
     if given.get("date") is not None:
-        # Linux has no clock that is younger than the boot.
-        time.clock_settime(time.CLOCK_REALTIME, max(given["date"], time.monotonic() + 0.01))
+        set_clock(given["date"])
         set_rtc(time.gmtime())
     return {"clock": time.time(), "uptime": time.monotonic()}
 
