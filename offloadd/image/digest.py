@@ -10,8 +10,9 @@ from pathlib import Path
 from offloadd.digest import json_digest
 from offloadd.errors import ConfigError, Problem
 from offloadd.model.image import GuestFile, ImageRecipe
+from offloadd.unchanged import Signature, is_settled, sign
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same recipe begins to give another image."""
 
 
@@ -64,3 +65,36 @@ def image_digest(recipe: ImageRecipe, files: Sequence[GuestContent]) -> str:
         [file.path, file.mode, hashlib.sha256(file.content).hexdigest()] for file in sorted(files, key=lambda f: f.path)
     ]
     return json_digest({"format": FORMAT, "recipe": recipe.to_json(), "files": contents})
+
+
+class Digests:
+    """The digest of each image, worked out anew when its recipe or one of its files has changed.
+
+    Each build asks for that of each machine's image.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Path], tuple[ImageRecipe, Signature, str]] = {}
+
+    def of(self, recipe: ImageRecipe, folder: Path) -> str:
+        """As `image_digest` of what `read_guest_files` reads.  Blocks.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        signature = _sign_files(recipe, folder)
+        known = self._known.get((recipe.name, folder))
+        if known is not None and signature is not None and known[:2] == (recipe, signature):
+            return known[2]
+        digest = image_digest(recipe, read_guest_files(recipe, folder))
+        if signature is not None and is_settled(signature):
+            self._known[recipe.name, folder] = (recipe, signature, digest)
+        return digest
+
+
+def _sign_files(recipe: ImageRecipe, folder: Path) -> Signature | None:
+    """None when a file cannot be looked at: whoever reads it tells why."""
+    try:
+        return sign(source for file in recipe.files for _, source in _expand(file, folder / file.source))
+    except OSError:
+        return None

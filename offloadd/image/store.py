@@ -16,7 +16,7 @@ from offloadd.digest import sparse_sha256
 from offloadd.errors import ImageError, NotFoundError
 from offloadd.image import disk_file
 from offloadd.image.build import DISK, INITRAMFS, KERNEL, MANIFEST, build_image
-from offloadd.image.digest import image_digest, read_guest_files
+from offloadd.image.digest import Digests, image_digest, read_guest_files
 from offloadd.image.disk_file import file_digest
 from offloadd.image.keep import keep_file
 from offloadd.model.image import IMAGE_KINDS, FileImage, ImageDeclaration, ImageRecipe
@@ -67,6 +67,7 @@ class ImageStore:
 
     def __init__(self, root: Path) -> None:
         self._cache = Cache(root, subject="image", error=ImageError)
+        self._digests = Digests()
         # What was checked by this process: file -> its (mtime, size, inode) at that time.
         self._checked: dict[Path, tuple[int, int, int]] = {}
 
@@ -80,6 +81,8 @@ class ImageStore:
             HostError: the host lacks a program.
             ImageError: it could not be made.
         """
+        if not rebuild and (found := self.find(await self.digest(recipe, recipe_dir))):
+            return found
         files = await trio.to_thread.run_sync(read_guest_files, recipe, recipe_dir)
         digest = image_digest(recipe, files)
 
@@ -111,7 +114,7 @@ class ImageStore:
         """The digest that the image of `recipe` has or would have."""
         if isinstance(recipe, FileImage):
             return await trio.to_thread.run_sync(file_digest, recipe, recipe_dir)
-        return image_digest(recipe, await trio.to_thread.run_sync(read_guest_files, recipe, recipe_dir))
+        return await trio.to_thread.run_sync(self._digests.of, recipe, recipe_dir)
 
     def find(self, digest: str) -> Image | None:
         """The image with that digest, None when it has not been made. Raises ImageError when its manifest is damaged."""

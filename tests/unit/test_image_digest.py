@@ -12,7 +12,8 @@ import pytest
 from offloadd.digest import json_digest, sparse_sha256
 from offloadd.environment.recipe import environment_recipe
 from offloadd.errors import ConfigError
-from offloadd.image.digest import GuestContent, image_digest, read_guest_files
+from offloadd.image import digest as digests
+from offloadd.image.digest import Digests, GuestContent, image_digest, read_guest_files
 from offloadd.model.image import ImageRecipe
 
 RECIPE: dict[str, Any] = {
@@ -47,6 +48,42 @@ def test_guest_files_are_read_with_their_modes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "sub/b").write_bytes(b"b")
     assert read_guest_files(ImageRecipe.model_validate(RECIPE), tmp_path) == FILES
+
+
+def test_the_digest_is_worked_out_anew_when_anything_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in ("a", "tree/b"):
+        (tmp_path / name).write_text("old")
+        os.utime(tmp_path / name, (1, 1))
+    recipe = ImageRecipe.model_validate(
+        RECIPE | {"files": [{"path": "/a", "source": "a"}, {"path": "/tree", "source": "tree"}]}
+    )
+    known = Digests()
+
+    def right(recipe: ImageRecipe) -> str:
+        digest = image_digest(recipe, read_guest_files(recipe, tmp_path))
+        assert known.of(recipe, tmp_path) == digest
+        return digest
+
+    seen = [right(recipe)]
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "read_guest_files", None)
+        assert known.of(recipe, tmp_path) == seen[0]
+    for text in ("new", "one", "two"):  # all of one size, within a few milliseconds
+        (tmp_path / "tree/b").write_text(text)
+        seen.append(right(recipe))
+    os.utime(tmp_path / "tree/b", (2, 2))  # from here on each is remembered
+    assert right(recipe) == seen[-1]
+    (tmp_path / "tree/c").write_text("")
+    os.utime(tmp_path / "tree/c", (1, 1))
+    seen.append(right(recipe))
+    (tmp_path / "tree/c").rename(tmp_path / "tree/d")
+    seen.append(right(recipe))
+    seen.append(right(recipe.model_copy(update={"suite": "trixie"})))
+    assert len(set(seen)) == len(seen)
+    (tmp_path / "a").unlink()
+    with pytest.raises(ConfigError):
+        known.of(recipe, tmp_path)
 
 
 def test_a_directory_stands_for_its_files(tmp_path: Path) -> None:
