@@ -154,7 +154,8 @@ def _boot(target: Target, plan: VmPlan, fds: QemuFds) -> list[str]:
 def _memory(target: Target, plan: VmPlan, fds: MemoryFds | None) -> list[str]:
     size = f"{plan.memory_mib}M"
     if fds is None:
-        return ["-machine", target.machine, "-m", size]
+        kind = target.machine if plan.boot.has_agent else target.machine_of_others or target.machine
+        return ["-machine", kind, "-m", size]
     # The one that is saved writes into the file; what goes on from it has each page of its own that it writes to.
     share = "on" if fds.frozen is None else "off"
     backend = f"memory-backend-file,id=ram,size={size},mem-path={_path(fds.ram)},share={share}"

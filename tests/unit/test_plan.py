@@ -170,7 +170,7 @@ def test_the_whole_command_line() -> None:
         *("-name", "guest=m,debug-threads=on"),
         *("-no-user-config", "-nodefaults", "-no-reboot", "-S"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", "pc", "-m", "2048M"),
+        *("-machine", "q35", "-m", "2048M"),
         *("-accel", "tcg", "-cpu", "Cascadelake-Server", "-smp", "4"),
         *("-rtc", "base=2020-01-01T00:00:00,clock=vm"),
         *("-kernel", "/proc/self/fd/12", "-initrd", "/proc/self/fd/13"),
@@ -275,7 +275,7 @@ def test_nothing_of_ours_is_named_by_its_path(fds: QemuFds) -> None:
 def test_the_memory_of_a_guest_that_will_be_saved() -> None:
     argv = qemu_argv(plan(), SAVING)
     assert options(argv, "-object")[0] == "memory-backend-file,id=ram,size=2048M,mem-path=/proc/self/fd/15,share=on"
-    assert (options(argv, "-machine"), options(argv, "-m")) == (["pc,memory-backend=ram"], ["2048M"])
+    assert (options(argv, "-machine"), options(argv, "-m")) == (["q35,memory-backend=ram"], ["2048M"])
     assert "-incoming" not in argv
     assert options(argv, "-blockdev") == options(qemu_argv(plan(), FDS), "-blockdev")
 
@@ -283,7 +283,7 @@ def test_the_memory_of_a_guest_that_will_be_saved() -> None:
 def test_the_memory_of_a_guest_that_goes_on() -> None:
     argv = qemu_argv(plan(), CLONE)
     assert options(argv, "-object")[0] == "memory-backend-file,id=ram,size=2048M,mem-path=/proc/self/fd/15,share=off"
-    assert (options(argv, "-machine"), options(argv, "-incoming")) == (["pc,memory-backend=ram"], ["defer"])
+    assert (options(argv, "-machine"), options(argv, "-incoming")) == (["q35,memory-backend=ram"], ["defer"])
     assert options(argv, "-blockdev")[0] == (
         "driver=qcow2,node-name=root,cache.no-flush=on,file.driver=file,file.filename=/proc/self/fd/10"
         ",backing.driver=qcow2,backing.read-only=on,backing.file.driver=file,backing.file.filename=/proc/self/fd/16"
@@ -328,6 +328,7 @@ def test_a_disk_with_a_boot_loader_of_its_own() -> None:
     argv = qemu_argv(plan_vm(machine(), facts(), boot), fds)
     assert not {"-kernel", "-initrd", "-append"} & set(argv)
     assert ("-vga", "std") in pairwise(argv)
+    assert ("-machine", "pc") in pairwise(argv)
     assert not any("virtserialport" in word or "slot" in word for word in argv), "no agent, no drives of builds"
     assert "virtio-blk-pci,drive=root,serial=root,bootindex=0" in argv
     [disk] = [word for word in argv if "node-name=root" in word]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import tarfile
@@ -163,6 +164,49 @@ async def kill_agent(agent: Agent) -> None:
     await agent.wait_lost()
     with pytest.raises(AgentError, match="was started again"):
         await agent.call("clock")
+
+
+STANDS_STILL = """
+import sys, time
+sys.path.insert(0, "/usr/lib/offload")
+from build_service import clock
+monotonic = time.monotonic
+pauses = [0.5, 0.05]
+def slow():
+    now = monotonic()
+    time.sleep(pauses.pop() if pauses else 0)
+    return now
+time.monotonic = slow
+clock.set_clock(0)
+time.monotonic = monotonic
+print(len(pauses), 0 < time.time() - time.monotonic() < 5)
+"""
+
+
+async def test_a_guest_that_stands_still_can_be_set_to_1970(shop: Shop) -> None:
+    async with shop.guest("slow") as guest:
+        assert await shell(guest.agent, f"python3 -c {shlex.quote(STANDS_STILL)}") == "0 True"
+
+
+async def test_removed_files_leave_their_inodes_to_the_next(shop: Shop) -> None:
+    """Else each new file looks at those that were removed within minutes: a build that cleans up gets slower and slower."""
+    script = """if True:
+        import os, tempfile
+        def make(folder):
+            for number in range(2000):
+                with open(f"{folder}/{number}", "w") as file:
+                    file.write("content")
+        with tempfile.TemporaryDirectory() as folder:
+            make(folder)
+            first = {entry.inode() for entry in os.scandir(folder)}
+            os.sync()
+            for entry in list(os.scandir(folder)):
+                os.unlink(entry)
+            make(folder)
+            print(len(first - {entry.inode() for entry in os.scandir(folder)}))
+    """
+    async with shop.guest("files") as guest:
+        assert await shell(guest.agent, f"python3 -c {shlex.quote(script)}") == "0"
 
 
 async def test_an_agent_that_is_killed_comes_again(shop: Shop) -> None:

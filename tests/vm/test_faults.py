@@ -25,7 +25,7 @@ from tests.vm.test_build import wait_for, wait_until_building
 from tests.vm.test_templates import ANEW, MADE, build, templates
 
 SMALL = "cpu-count: 2\nmemory-size: 512\n"
-OF_NO_USE = "the template is of no use: "
+OF_NO_USE = "==> the template is of no use: "
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +85,27 @@ def test_clones_outlive_their_template(own: World, tmp_path: Path, gone: str) ->
 
 @dataclass
 class Upgraded:
-    """A QEMU that can be upgraded: a script that runs the real one, whose machine type `pc` is that of some version."""
+    """A QEMU that can be upgraded: a script that runs the real one, whose machine type `q35` is that of some version."""
 
     path: Path
 
     @property
     def _default(self) -> Path:
-        return self.path.with_name("pc")
+        return self.path.with_name("q35")
 
     def install(self, package: int) -> None:
         """Another file, as of another package."""
         new = self.path.with_suffix(".new")
         new.write_text(
-            f"#!/bin/bash\n# package {package}\nread -r pc <{self._default}\n"
-            'exec qemu-system-x86_64 "${@/#pc,memory-backend/$pc,memory-backend}"\n'
+            f"#!/bin/bash\n# package {package}\nread -r q35 <{self._default}\n"
+            'exec qemu-system-x86_64 "${@/#q35,memory-backend/$q35,memory-backend}"\n'
         )
         new.chmod(0o755)
         new.replace(self.path)
 
-    def be_version(self, pc: str) -> None:
+    def be_version(self, q35: str) -> None:
         """The same file, whose machine is another: what it loads has changed."""
-        self._default.write_text(f"{pc}\n")
+        self._default.write_text(f"{q35}\n")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def upgraded(own: World) -> Upgraded:
 
 
 def test_a_template_of_another_qemu_is_not_used(own: World, upgraded: Upgraded, tmp_path: Path) -> None:
-    upgraded.be_version("pc-i440fx-7.2")
+    upgraded.be_version("pc-q35-7.2")
     upgraded.install(1)
     older = made_in(own, tmp_path / "first", "--machine", "packaged")
     upgraded.install(2)
@@ -130,13 +130,13 @@ def test_a_template_of_another_qemu_is_not_used(own: World, upgraded: Upgraded, 
 
     # Of this, no fact of the template tells: QEMU has become another one between the template's loading and the clone's start.
     wait_for(lambda: [one for one in read_records(own.instances) if (one.plan.machine, one.purpose) == ("packaged", "warm")])
-    upgraded.be_version("pc-i440fx-7.1")
+    upgraded.be_version("pc-q35-7.1")
     for pid in own.waiting():  # what was started before is of use still
         os.kill(pid, signal.SIGKILL)
     record, told = build(own, tmp_path / "third", "--machine", "packaged")
     assert (record["guest"], record["state"]) == ("boot", "succeeded")
-    [why] = [line for line in told.splitlines() if OF_NO_USE in line]
-    assert "Machine type received is 'pc-i440fx-7.2' and local is 'pc-i440fx-7.1'" in why
+    [why] = [line for line in told.splitlines() if line.startswith(OF_NO_USE)]
+    assert "Machine type received is 'pc-q35-7.2' and local is 'pc-q35-7.1'" in why
     assert newer not in templates(own)
 
     record, told = build(own, tmp_path / "fourth", "--machine", "packaged")
@@ -167,8 +167,9 @@ def test_a_disk_that_is_full_while_a_template_is_made(cramped: World, tmp_path: 
     small = cramped.root / "small"
     record, told = build(cramped, tmp_path / "first")
     assert (record["guest"], record["state"]) == ("boot", "succeeded")
-    [why] = [line for line in told.splitlines() if "no template: " in line]
+    [why] = [line for line in told.splitlines() if line.startswith("==> no template: ")]
     assert "template: the disk is full at " in why
+    assert why.endswith(record["why_booted"])
     assert not list((small / ".making").iterdir())
     assert not templates(cramped)
     assert os.statvfs(small).f_bfree * os.statvfs(small).f_frsize > 39 << 20
@@ -183,7 +184,7 @@ def test_a_cache_that_cannot_be_written(cramped: World, tmp_path: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", cramped.root / "small"], check=True)
     record, told = build(cramped, tmp_path / "out")
     assert (record["guest"], record["state"]) == ("boot", "succeeded")
-    [why] = [line for line in told.splitlines() if "no template: " in line]
+    [why] = [line for line in told.splitlines() if line.startswith("==> no template: ")]
     assert "Read-only file system" in why
 
 
