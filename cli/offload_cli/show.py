@@ -144,6 +144,7 @@ def _where(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         *about,
         ("machine", f"{result['machine']}, {_guest(result)}"),
+        ("no clone", str(result.get("why_booted", ""))),
         ("tried before", str(result.get("retried", ""))),
         ("accelerator", f"{accelerator.upper()} (QEMU {result.get('qemu', '?')})"),
         ("CPU", cpu(model, result.get("missing_cpu_features", []), accelerator, limit=4)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,8 @@ class FreshGuest:
     origin: Origin
     environment: Path | None = None
     """Its disk, which the guest has mounted at `place.vm.MOUNTED`; None: none."""
+    why_booted: str = ""
+    """Why it is no clone, where it should have been one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +157,15 @@ class Guests:
             return await stack.enter_async_context(opened)
 
         async with AsyncExitStack() as stack:
-            guest = await self._try_clone(stack, plan, machine, tell, start) if machine.template else None
-            if guest is None:
+            found = await self._try_clone(stack, plan, tell, start) if machine.template else ""
+            if isinstance(found, FreshGuest):
+                guest = found
+            else:
+                if found:
+                    tell(found, None)
+                    log.warning("no clone", machine=machine.name, why=found)
                 tell(f"booting {machine.name}", None)
-                guest = await start(stack, None)
+                guest = replace(await start(stack, None), why_booted=found)
             if purpose == "build":
                 await self.equip(guest, machine)
             yield guest
@@ -222,32 +229,26 @@ class Guests:
             # Nobody logs in there: it gets no keys for that.
             await install_secrets(guest.agent, self.shop.secrets(machine).root, without="/etc/ssh/")
 
-    async def _try_clone(
-        self, stack: AsyncExitStack, plan: VmPlan, machine: VmMachine, tell: Progress, start: _Start
-    ) -> FreshGuest | None:
-        """A clone, or None when there can be none; whoever follows is told why."""
+    async def _try_clone(self, stack: AsyncExitStack, plan: VmPlan, tell: Progress, start: _Start) -> FreshGuest | str:
+        """A clone, or why there can be none."""
         key = template_key(plan)
         if key.digest in self._refused:
-            tell(f"no template: {self._refused[key.digest]}", None)
-            return None
+            return f"no template: {self._refused[key.digest]}"
         async with AsyncExitStack() as attempt:
             try:
                 saved = await attempt.enter_async_context(self.template(plan, tell))
             except UnsavableError as exc:
                 self._refused[key.digest] = exc.what
-                _note(machine, f"no template: {exc}", tell)
-                return None
+                return f"no template: {exc}"
             except (MachineLostError, AgentError, ProtocolError, ImageError, HostError) as exc:
-                _note(machine, f"no template: {exc}", tell)
-                return None
+                return f"no template: {exc}"
             try:
                 guest = await start(attempt, saved)
             except NO_CLONE as exc:
-                _note(machine, f"the template is of no use: {exc}", tell)
                 await attempt.aclose()
                 with suppress(NotAllowedError):  # another daemon makes it anew right now
                     await self.shop.templates.discard(saved)
-                return None
+                return f"the template is of no use: {exc}"
             stack.push_async_exit(attempt.pop_all())
             return guest
 
@@ -289,8 +290,3 @@ def _reboots_always(last: RebootedError, machine: VmMachine) -> BootError:
     what = f"rebooted {len(REBOOT_PAUSES_S) + 1} times before anybody could log in"
     hint = f"it does that when it gets no secrets that it understands: offload secrets show {machine.name}"
     return BootError(what, subject=last.subject, detail=last.detail, hint=hint)
-
-
-def _note(machine: VmMachine, what: str, tell: Progress) -> None:
-    tell(what, None)
-    log.warning("no clone", machine=machine.name, why=what)

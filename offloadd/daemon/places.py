@@ -87,6 +87,8 @@ class Places:
         opened = self.pool.open(plan, machine, environment.path, active.tell, logs=active.folder)
         async with opened as guest:
             active.result |= {"boot_s": round(trio.current_time() - began, 3), "guest": guest.origin}
+            if guest.why_booted:
+                active.result["why_booted"] = guest.why_booted
             active.tell(f"{_ORIGINS[guest.origin]} of {machine.name} at {format_date(plan.date)} on {plan.cpu}")
             placed = open_in_guest(guest.instance, guest.agent, environment.path, own=True, mounted=guest.environment)
             async with placed as place:

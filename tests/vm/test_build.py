@@ -54,7 +54,7 @@ def test_dates_at_the_ends_of_the_clock(world: World, tmp_path: Path, date: str)
 
     assert world.run("build", "--date", date, "-o", tmp_path / "out", recipe).stdout == f"{date}\n"
     record = json.loads((tmp_path / "out/build.json").read_text())
-    assert record["guest"] in ("clone", "warm")
+    assert record["guest"] in ("clone", "warm"), record
 
 
 @pytest.mark.parametrize("date", ENDS_OF_THE_CLOCK)

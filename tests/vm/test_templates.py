@@ -145,13 +145,13 @@ def test_a_guest_that_qemu_cannot_save_is_booted(own: World, tmp_path: Path, dig
     before = set(templates(own))
     record, told = build(own, tmp_path / "out", "--machine", "odd")
     assert (record["guest"], record["state"], set(templates(own))) == ("boot", "succeeded", before)
-    [line] = [line for line in told.splitlines() if "no template: " in line]
+    [line] = [line for line in told.splitlines() if line.startswith("==> no template: ")]
     assert "nvme" in line
 
     # Nobody tries again, and the reason is told again.
     record, told = build(own, tmp_path / "again", "--machine", "odd")
     assert (record["guest"], MADE in told) == ("boot", False)
-    [line] = [line for line in told.splitlines() if "no template: " in line]
+    [line] = [line for line in told.splitlines() if line.startswith("==> no template: ")]
     assert "nvme" in line
     own.assert_nothing_left()
 
