@@ -16,15 +16,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 from offloadd.errors import DaemonError, OffloadError, error_from_json
 from offloadd.paths import Paths, check_ours, find_paths, make_private
-
-if TYPE_CHECKING:
-    # pydantic takes a tenth of a second to import, and most commands do without.
-    from offloadd.model.recipe import BuildRequest
 
 IDLE_TIMEOUT = "15m"
 """After which a daemon that was started in the background ends."""
@@ -169,9 +165,13 @@ class Client:
         except _LOST as exc:
             raise DaemonError(f"went away: {exc}", subject="offloadd", hint="offload daemon status") from exc
 
-    def create_build(self, request: BuildRequest, source: Iterable[bytes]) -> str:
-        """Ask for a build and send its source, a tar in pieces; the build's id."""
-        build: str = self.post("/v1/builds", request.to_json())["build"]
+    def create_build(self, request: Json, source: Iterable[bytes]) -> str:
+        """Ask for a build and send its source, a tar in pieces; the build's id.
+
+        Args:
+            request: a `BuildRequest`, as `/v1/requests` gives it.
+        """
+        build: str = self.post("/v1/builds", request)["build"]
         try:
             self._request("PUT", f"/v1/builds/{build}/source", source)
         except DaemonError:

@@ -177,3 +177,8 @@ def _show(outcomes: Sequence[Outcome], kept: str, *, as_json: bool) -> None:
         done = kept.format(owner=outcome.owner) if outcome.change == "kept" else outcome.change
         interpreter = f" ({outcome.interpreter})" if outcome.interpreter else ""
         say(f"{outcome.system}: {outcome.name} {done}{interpreter}")
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload binfmt`."""
+    commands.add_typer(app, name="binfmt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +12,19 @@ from offload_cli.complete import machine_names, prefer_names, system_names
 from offload_cli.connection import open_client
 from offload_cli.order import Done, Order, carry_out, own_files
 from offload_cli.phases import open_phases
-from offload_cli.request import Changes, make_request
+from offload_cli.request import Request
 from offload_cli.result import DEFAULT, check_out, default_out
 from offload_cli.route import decision_table, source_line
 from offload_cli.show import build_summary
 from offload_cli.side_by_side import Run, carry_out_all, last_lines
-from offload_cli.target import DebianOptions, Target, find_target, known_system, released
+from offload_cli.target import DebianOptions, Target, find_target
 from offload_cli.terminal import LogStream, clean, print_json, print_text, say, say_error, terminal_width
-from offload_cli.words import json_option, tail
-from offloadd.errors import NoMachineError, OffloadError, UsageError, error_from_json
-from offloadd.model.quantity import format_date
+from offload_cli.words import WithCommand, json_option, tail
+from offloadd.errors import NoMachineError, OffloadError, error_from_json
+from offloadd.model.asked import Changes
 
 if TYPE_CHECKING:
-    from offloadd.model.recipe import BuildRequest
+    from offloadd.client import Client
 
 
 def build(
@@ -106,12 +106,13 @@ def build(
     }
     try:
         target = find_target(what, changes, DebianOptions(build_options=tuple(build_option), check=not no_check))
-        systems = _systems(target, system, all_systems=all_systems)
-        requests = [make_request(target.work, {**options, **released(target, date), "system": name}) for name in systems]
-        if explain:
-            raise typer.Exit(_explain(target, out, requests, as_json=as_json))
-        orders = [Order(target=target, request=request, out=_out(out, target, request, systems)) for request in requests]
-        status = _one(orders[0], as_json=as_json) if len(orders) == 1 else _several(orders, as_json=as_json)
+        with open_client() as client:
+            requests = target.requests(client, options=options, systems=tuple(system), all_systems=all_systems)
+            if explain:
+                status = _explain(client, target, out, requests, as_json=as_json)
+            else:
+                orders = _orders(target, requests, out)
+                status = _several(orders, as_json=as_json) if len(orders) > 1 else _one(client, orders[0], as_json=as_json)
     except OffloadError as exc:
         if as_json:
             print_json({"state": "errored", "error": exc.to_json()})
@@ -119,39 +120,29 @@ def build(
     raise typer.Exit(status)
 
 
-def _systems(target: Target, asked: list[str], *, all_systems: bool) -> list[str | None]:
-    """The system types to build for; one that is None is the daemon's choice."""
-    from offloadd.model.recipe import BuildRecipe
-
-    if not all_systems:
-        return list(dict.fromkeys(known_system(name, "--system") for name in asked)) or [None]
-    named = target.work.systems if isinstance(target.work, BuildRecipe) else ()
-    if asked:
-        raise UsageError("--all-systems and --system do not go together")
-    if not named:
-        raise UsageError("--all-systems: the recipe names no systems", hint="`systems: [x86_64-linux, ...]`, or -s")
-    return list(named)
-
-
-def _out(out: Path | None, target: Target, request: BuildRequest, systems: list[str | None]) -> Path:
-    """Where the result of one of the requests goes."""
-    if out is None:
-        out = default_out(f"{target.name}-{request.system}" if request.system else target.name)
-    elif len(systems) > 1:
-        out = out / str(request.system)
-    return check_out(out, target.source)
+def _orders(target: Target, requests: Sequence[Request], out: Path | None) -> list[Order]:
+    """Each request, and where its result goes."""
+    orders = []
+    for request in requests:
+        system = request["system"]
+        if out is None:
+            name = target.name or "{name}-{version}".format(**request["recipe"])
+            folder = default_out(f"{name}-{system}" if system else name)
+        else:
+            folder = out / system if len(requests) > 1 else out
+        orders.append(Order(target=target, request=request, out=check_out(folder, target.source)))
+    return orders
 
 
-def _explain(target: Target, out: Path | None, requests: list[BuildRequest], *, as_json: bool) -> int:
+def _explain(client: Client, target: Target, out: Path | None, requests: Sequence[Request], *, as_json: bool) -> int:
     """Show where they would go, and how; 0 when each of them has a machine."""
     source = _source_facts(target, out)
-    with open_client() as client:
-        decisions = [{**client.post("/v1/route", request.to_json()), "source": source} for request in requests]
+    decisions = [{**client.post("/v1/route", request), "source": source} for request in requests]
     if as_json:
         print_json(decisions if len(decisions) > 1 else decisions[0])
     else:
-        if found := requests[0].released:
-            say(f"the date is {format_date(found.date)}: {found.origin}")
+        if found := requests[0]["released"]:
+            say(f"the date is {found['date']}: {found['origin']}")
         print_text("\n\n".join(decision_table(decision, terminal_width()) for decision in decisions))
         if source is not None:
             print_text(source_line(source))
@@ -168,12 +159,11 @@ def _source_facts(target: Target, out: Path | None) -> dict[str, Any] | None:
     return {"size": size, "channel_to_vms": bulk_channel(size)}
 
 
-def _one(order: Order, *, as_json: bool) -> int:
+def _one(client: Client, order: Order, *, as_json: bool) -> int:
     """The whole build; its exit status."""
-    with open_client() as client:
-        with open_phases() as phases:
-            done = carry_out(client, order, phases, LogStream(to_stderr=as_json), lambda build: None)
-        _tell(done)
+    with open_phases() as phases:
+        done = carry_out(client, order, phases, LogStream(to_stderr=as_json), lambda build: None)
+    _tell(done)
     if as_json:
         print_json(done.to_json())
     return done.ended.exit_status
@@ -191,9 +181,7 @@ def _tell_error(error: object) -> None:
 
 def _several(orders: list[Order], *, as_json: bool) -> int:
     """All of them side by side; the exit status of the worst."""
-    with open_client():  # the daemon is there before many ask for it
-        pass
-    runs = carry_out_all([(str(order.request.system), order) for order in orders])
+    runs = carry_out_all([(order.request["system"], order) for order in orders])
     for run in runs:
         _tell_run(run)
     if as_json:
@@ -214,3 +202,8 @@ def _run_json(run: Run) -> dict[str, Any]:
     if run.done is not None:
         return run.done.to_json()
     return {"system": run.name, "state": "errored", "error": run.error.to_json() if run.error else None}
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add `offload build`."""
+    commands.command(cls=WithCommand)(build)

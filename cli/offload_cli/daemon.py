@@ -82,3 +82,8 @@ def _wait_ended(pid: int) -> bool:
         return bool(ready)
     finally:
         os.close(descriptor)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload daemon`."""
+    commands.add_typer(app, name="daemon")

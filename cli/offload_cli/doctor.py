@@ -62,3 +62,8 @@ def doctor_lines(found: Iterable[Requirement], *, coloured: bool) -> list[str]:
 def _verdict(rows: list[Requirement]) -> str:
     missing = [row.name for row in rows if row.state == "missing"]
     return f"Missing: {', '.join(missing)}." if missing else "Everything that offload needs is there."
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add `offload doctor`."""
+    commands.command()(doctor)

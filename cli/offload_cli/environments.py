@@ -13,10 +13,11 @@ import typer
 from offload_cli.complete import environment_names, system_names
 from offload_cli.connection import open_client, show_work
 from offload_cli.show import environments_table
-from offload_cli.target import known_system
+from offload_cli.target import DebianOptions, find_target
 from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import WithCommand, json_option, tail
 from offloadd.errors import HostError, NotFoundError, UsageError
+from offloadd.model.asked import Changes
 from offloadd.model.quantity import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def _find_request(what: str, system: str | None, arch: str | None, packages: Seq
     Raises:
         NotFoundError, ConfigError, UsageError: it is none of these, or something about it is wrong.
     """
+    from offloadd.config.requests import known_system
+
     if system and arch:
         raise UsageError("--system and --arch say the same thing", hint="give one of them")
     named = (system, "--system") if system else (arch, "--arch")
@@ -181,9 +184,11 @@ def _find_request(what: str, system: str | None, arch: str | None, packages: Seq
 
 
 def _request_of(directory: Path, system: str | None, packages: Sequence[str]) -> EnvironmentRequest:
-    from offload_cli.request import Changes, check_directory, find_recipe
+    from offloadd.config.requests import find_recipe
 
-    recipe = find_recipe(check_directory(directory), Changes(packages=tuple(packages)))
+    changes = Changes(packages=tuple(packages))
+    asked = find_target(str(directory.resolve()), changes, DebianOptions()).asked
+    recipe = find_recipe(asked.file, asked.recipe, asked.changes)
     # As a build without a system type: this host's own when the recipe allows it.
     wanted = system or _first_allowed(recipe.systems)
     return _checked({"suite": recipe.suite, "system": wanted, "packages": recipe.packages})
@@ -196,7 +201,7 @@ def _first_allowed(systems: Sequence[str]) -> str | None:
 
 
 def _checked(values: dict[str, Any]) -> EnvironmentRequest:
-    from offload_cli.request import checked
+    from offloadd.config.requests import checked
     from offloadd.model.environment import EnvironmentRequest
 
     return checked(EnvironmentRequest, {name: value for name, value in values.items() if value is not None}, _NAMES)
@@ -216,3 +221,8 @@ def _enter(found: dict[str, Any], command: Sequence[str], *, as_root: bool, netw
         state = paths.state / "work"
         with enter_command(root, state, system=found["system"], command=command, as_root=as_root, network=network) as argv:
             return run_shell(argv)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload env`."""
+    commands.add_typer(app, name="env")

@@ -12,3 +12,8 @@ app = typer.Typer(
 app.add_typer(guix_keys.keys, name="keys")
 app.add_typer(guix_keys.acl, name="acl")
 app.command("setup")(guix_setup.guix)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload guix`."""
+    commands.add_typer(app, name="guix")

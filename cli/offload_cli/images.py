@@ -110,3 +110,8 @@ def gc(as_json: bool = json_option()) -> None:
     else:
         *counts, last = (f"{len(digests)} {kind if len(digests) != 1 else kind[:-1]}" for kind, digests in gone.items())
         say(f"removed {', '.join(counts)} and {last}")
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload image`."""
+    commands.add_typer(app, name="image")

@@ -158,3 +158,8 @@ def _set_mode(name: str, word: str, *, as_json: bool) -> None:
     busy = row.get("busy") or 0
     rest = f"; {busy} {'build' if busy == 1 else 'builds'} still on it" if busy and row["mode"] != "online" else ""
     say(f"{name}: {row['mode']}{rest}")
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload machine`."""
+    commands.add_typer(app, name="machine")

@@ -6,35 +6,41 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from offload_cli import (
-    binfmt,
-    builds,
-    daemon,
-    doctor,
-    environments,
-    guix,
-    hooks,
-    images,
-    machine,
-    nix,
-    quirks,
-    secrets,
-    templates,
-    vm,
-)
-from offload_cli.build import build
-from offload_cli.route import route
 from offload_cli.terminal import say, say_error
-from offload_cli.words import EXIT_STATUSES, WithCommand
+from offload_cli.words import EXIT_STATUSES
 from offloadd import __version__
 from offloadd.errors import OffloadError
 
 INTERRUPTED = 130
+
+COMMANDS = {
+    "build": "build",
+    "route": "route",
+    "builds": "builds",
+    "log": "builds",
+    "cancel": "builds",
+    "guix-hook": "hooks",
+    "nix-hook": "hooks",
+    "doctor": "doctor",
+    "image": "images",
+    "env": "environments",
+    "template": "templates",
+    "machine": "machine",
+    "vm": "vm",
+    "secrets": "secrets",
+    "binfmt": "binfmt",
+    "guix": "guix",
+    "nix": "nix",
+    "quirks": "quirks",
+    "daemon": "daemon",
+}
+"""Command -> its module, in the order of `--help`: groups come last."""
 
 
 class _Commands(TyperGroup):
@@ -57,40 +63,12 @@ class _Commands(TyperGroup):
             raise typer.Exit(128 + signal.SIGPIPE) from exc
 
 
-app = typer.Typer(
-    cls=_Commands,
-    name="offload",
-    epilog=EXIT_STATUSES,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command(cls=WithCommand)(build)
-app.command()(route)
-builds.add_to(app)
-app.add_typer(images.app, name="image")
-app.add_typer(environments.app, name="env")
-app.add_typer(templates.app, name="template")
-app.add_typer(machine.app, name="machine")
-app.add_typer(vm.app, name="vm")
-app.add_typer(secrets.app, name="secrets")
-app.add_typer(binfmt.app, name="binfmt")
-app.add_typer(guix.app, name="guix")
-app.add_typer(nix.app, name="nix")
-hooks.add_to(app)
-app.add_typer(quirks.app, name="quirks")
-app.add_typer(daemon.app, name="daemon")
-app.command()(doctor.doctor)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"offload {__version__}")
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version and exit."),
 ) -> None:
@@ -105,6 +83,27 @@ def _options(
       offload build -p gcc -p make ./project -- make check
       offload doctor
     """
+
+
+def make_app(word: str = "") -> typer.Typer:
+    """The command line.
+
+    Args:
+        word: what comes first in it: a command is alone, as to load all others takes as long as many a command does.
+    """
+    app = typer.Typer(
+        cls=_Commands,
+        name="offload",
+        epilog=EXIT_STATUSES,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        callback=_options,
+    )
+    for module in [COMMANDS[word]] if word in COMMANDS else dict.fromkeys(COMMANDS.values()):
+        import_module(f"offload_cli.{module}").add_to(app)
+    return app
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -124,7 +123,7 @@ def main() -> None:
             signal.signal(number, _interrupt)
     status = 0
     try:
-        app(prog_name="offload")
+        make_app(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="offload")
     except SystemExit as exc:
         status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     for stream in (sys.stdout, sys.stderr):

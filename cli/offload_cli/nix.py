@@ -15,3 +15,8 @@ def _group() -> None:
 
 
 app.command("setup")(guix_setup.nix)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload nix`."""
+    commands.add_typer(app, name="nix")

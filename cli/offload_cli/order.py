@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from offload_cli.follow import Ended, follow
 from offload_cli.phases import Phases
+from offload_cli.request import Request
 from offload_cli.result import DEFAULT, FAILED, Result, keep_result
 from offload_cli.target import Target
 from offload_cli.terminal import Log, say
@@ -19,7 +20,6 @@ from offloadd.model.quantity import format_size
 
 if TYPE_CHECKING:
     from offloadd.client import Client
-    from offloadd.model.recipe import BuildRequest
 
 _TELL_EVERY_S = 0.1
 
@@ -29,7 +29,7 @@ class Order:
     """One build as it was asked for, checked."""
 
     target: Target
-    request: BuildRequest
+    request: Request
     out: Path
 
     @property
@@ -124,4 +124,4 @@ def _outputs(order: Order, ended: Ended) -> str | None:
     """Where the outputs go inside of OUT; None when there is nothing that is whole."""
     if ended.state == "succeeded":
         return ""
-    return FAILED if ended.state == "failed" and order.request.keep_failed else None
+    return FAILED if ended.state == "failed" and order.request["keep-failed"] else None

@@ -11,7 +11,6 @@ import typer
 from offload_cli.complete import quirk_names, system_names
 from offload_cli.connection import open_client
 from offload_cli.show import ago, table
-from offload_cli.target import known_system
 from offload_cli.terminal import print_json, print_text, say, terminal_width
 from offload_cli.words import json_option
 
@@ -60,6 +59,8 @@ def forget(
       offload quirks forget hello
       offload quirks forget -s arm64
     """
+    from offloadd.config.requests import known_system
+
     query = {"name": name, "system": known_system(system, "--system") if system else None}
     with open_client() as client:
         gone = client.delete("/v1/quirks", **{field: value for field, value in query.items() if value is not None})
@@ -74,3 +75,8 @@ def quirks_table(rows: Iterable[Mapping[str, Any]], now: float, width: int | Non
     """`offload quirks list`; see `table` for `width`."""
     cells = ([row["name"], row["system"], ago(row["created"], now), row["build"], row["reason"]] for row in rows)
     return table(["NAME", "SYSTEM", "SINCE", "BUILD", "REASON"], cells, width)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload quirks`."""
+    commands.add_typer(app, name="quirks")

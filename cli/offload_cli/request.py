@@ -1,23 +1,29 @@
-"""From a directory and options to the request that the daemon gets."""
+"""From what is asked for to the requests that the daemon gets.
+
+The daemon makes them: to load what checks recipes and options takes a command longer than to send them.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from offloadd.errors import ConfigError, NotFoundError, UsageError
+from offloadd.config.text import read_text
+from offloadd.errors import NotFoundError, UsageError
+from offloadd.model.asked import Asked, RecipeFile
+from offloadd.model.quantity import format_date
 
 if TYPE_CHECKING:
-    from offloadd.model.base import Value
-    from offloadd.model.recipe import BuildRecipe, BuildRequest, DebianBuild
+    from offloadd.client import Client
 
-V = TypeVar("V", bound="Value")
 RECIPE = "offload.yaml"
-_NAMES = {"steps": "the command", "packages": "--package", "outputs": "--output"}
+
+Request = dict[str, Any]
+"""A `BuildRequest` as JSON."""
 
 
 def check_directory(directory: Path) -> Path:
@@ -33,83 +39,42 @@ def check_directory(directory: Path) -> Path:
     return directory.resolve()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """What the command line says about the recipe."""
-
-    command: tuple[str, ...] = ()
-    """In place of the steps."""
-    packages: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    requirements: Mapping[str, Any] = field(default_factory=dict)
-    """What else it says of the machine and the environment, spelled as in the recipe."""
-
-
-def find_recipe(directory: Path, changes: Changes) -> BuildRecipe:
-    """The directory's own recipe with the changes; or one made from the changes alone.
+def read_recipe(directory: Path) -> RecipeFile | None:
+    """The directory's own recipe, when it has one.
 
     Raises:
-        NotFoundError: neither is given.
-        ConfigError: the file is wrong.
-        UsageError: an option is wrong.
+        ConfigError: it cannot be read.
     """
-    from offloadd.config.load import load_value
-    from offloadd.model.recipe import BuildRecipe
-
     file = directory / RECIPE
-    defaults: dict[str, Any] = {"name": safe_name(directory.name)}
-    if changes.command:
-        defaults["steps"] = [shlex.join(changes.command)]
-        # What is wrong with it is not the file's fault.
-        bare = checked(BuildRecipe, defaults, _NAMES)
-    if file.exists():
-        recipe = load_value(file, BuildRecipe, defaults=defaults)
-    elif changes.command:
-        recipe = bare
-    else:
-        hint = f"write one, or say what is to be run: offload build {shlex.quote(str(directory))} -- COMMAND"
-        raise NotFoundError(f"holds no {RECIPE}", subject=str(directory), hint=hint)
-    values: dict[str, Any] = {
-        **recipe.model_dump(by_alias=True),
-        "steps": defaults.get("steps", recipe.steps),
-        "packages": (*recipe.packages, *changes.packages),
-        "outputs": (*recipe.outputs, *changes.outputs),
-        **changes.requirements,
-        "features": (*recipe.features, *changes.requirements.get("features", ())),
-    }
-    return checked(BuildRecipe, values, _NAMES)
+    if not file.exists():
+        return None
+    # A name that is not UTF-8 has no form in JSON.
+    return RecipeFile(path=os.fsencode(file).decode(errors="replace"), text=read_text(file))
 
 
-def make_request(work: BuildRecipe | DebianBuild, options: Mapping[str, Any]) -> BuildRequest:
-    """The request; `options` are spelled as on the command line, without the dashes.
+def make_requests(client: Client, asked: Asked, directory: Path | None) -> Sequence[Request]:
+    """The requests, one for each system type.
 
+    Args:
+        directory: the one that is sent: it may have to say how old it is.
     Raises:
-        UsageError: one of them is wrong, with its name.
+        ConfigError: its recipe is wrong.
+        UsageError: an option is wrong, with its name.
+        NotFoundError: nothing says how old it is.
     """
-    from offloadd.model.recipe import BuildRecipe, BuildRequest
+    requests: list[Request] = client.post("/v1/requests", asdict(asked))
+    if directory is not None and asked_date(requests[0]) == "auto":
+        from offloadd.builder.release_date import release_date_of_directory
 
-    given = {name: value for name, value in options.items() if value is not None}
-    kind = "recipe" if isinstance(work, BuildRecipe) else "debian"
-    return checked(BuildRequest, {kind: work, **given}, {})
+        found = release_date_of_directory(directory)
+        released = {"date": format_date(found.date), "origin": found.origin}
+        requests = [{**request, "released": released} for request in requests]
+    return requests
 
 
-def checked(kind: type[V], values: dict[str, Any], names: Mapping[str, str]) -> V:
-    """A value from options; `names` says how a field is called on the command line, when not `--FIELD`.
-
-    Raises:
-        UsageError: one is wrong, with its name.
-    """
-    from offloadd.config.document import Document
-    from offloadd.config.load import check_document
-
-    try:
-        return check_document(Document(file="", values=values, lines={}), kind)
-    except ConfigError as exc:
-        wrong = []
-        for problem in exc.problems:
-            field = re.sub(r"\[\d+\]$", "", problem.field)
-            wrong.append(f"{names.get(field, f'--{field}')}: {problem.message}")
-        raise UsageError("; ".join(wrong)) from exc
+def asked_date(request: Request) -> str | None:
+    """As `BuildRequest.asked_date`."""
+    return request["date"] or (request["recipe"] or {}).get("date")
 
 
 def safe_name(name: str) -> str:

@@ -11,12 +11,12 @@ import typer
 
 from offload_cli.complete import machine_names, prefer_names, system_names
 from offload_cli.connection import open_client
-from offload_cli.request import Changes, make_request
 from offload_cli.show import table
-from offload_cli.target import DebianOptions, Target, find_target, known_system, released
+from offload_cli.target import DebianOptions, Target, find_target
 from offload_cli.terminal import one_line, print_json, print_text, terminal_width
 from offload_cli.words import json_option
 from offloadd.errors import NoMachineError
+from offloadd.model.asked import Asked, Changes
 from offloadd.model.quantity import format_size
 
 
@@ -46,31 +46,18 @@ def route(
     """
     requirements: dict[str, Any] = {"features": tuple(feature), "network": network or None, "kernel": kernel}
     changes = Changes(requirements={name: value for name, value in requirements.items() if value})
-    target = _any_target(changes) if what is None else find_target(what, changes, DebianOptions())
-    options = {
-        **released(target, date),
-        "system": known_system(system, "SYSTEM"),
-        "date": date,
-        "cpu": cpu,
-        "machine": machine,
-        "prefer": tuple(prefer),
-        "keep-machine": keep_machine,
-    }
-    request = make_request(target.work, options)
+    anything = Target(asked=Asked(recipe={"name": "any", "steps": ("true",)}, changes=changes))
+    target = anything if what is None else find_target(what, changes, DebianOptions())
+    options = {"date": date, "cpu": cpu, "machine": machine, "prefer": tuple(prefer), "keep-machine": keep_machine}
     with open_client() as client:
-        decision = client.post("/v1/route", request.to_json())
+        [request] = target.requests(client, options=options, systems=(system,), systems_option="SYSTEM")
+        decision = client.post("/v1/route", request)
     if as_json:
         print_json(decision)
     else:
         print_text(decision_table(decision, terminal_width()))
     if decision["machine"] is None:
         raise typer.Exit(NoMachineError.exit_status)
-
-
-def _any_target(changes: Changes) -> Target:
-    from offloadd.model.recipe import BuildRecipe
-
-    return Target(work=BuildRecipe.model_validate({"name": "any", "steps": ("true",), **changes.requirements}))
 
 
 def source_line(source: Mapping[str, Any]) -> str:
@@ -102,3 +89,8 @@ def decision_table(decision: Mapping[str, Any], width: int | None = None) -> str
     if decision["hint"]:
         lines.append(one_line(f"hint: {decision['hint']}"))
     return "\n".join(lines)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add `offload route`."""
+    commands.command()(route)

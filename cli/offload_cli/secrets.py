@@ -140,3 +140,8 @@ def _rows(files: list[dict[str, Any]], name: str) -> list[list[str]]:
         rows.append([short_path(Path(file[name])) if name == "path" else file[name], file["mode"], changed, first])
         rows += [["", "", "", other] for other in others]
     return rows
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload secrets`."""
+    commands.add_typer(app, name="secrets")

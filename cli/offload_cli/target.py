@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_cli.request import Changes, check_directory, checked, find_recipe, safe_name
+from offload_cli.request import RECIPE, Request, check_directory, make_requests, read_recipe, safe_name
 from offloadd.errors import NotFoundError, UsageError
+from offloadd.model.asked import Asked, Changes
 
 if TYPE_CHECKING:
-    from offloadd.model.recipe import BuildRecipe, DebianBuild
+    from offloadd.client import Client
 
 _PACKAGE = re.compile(r"(?:debian:)?([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9.+:~-]+))?")
 _GUIX = "guix:"
 _GUIX_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}(?:@([A-Za-z0-9][A-Za-z0-9+._-]{0,63}))?")
 """Guix's NAME[@VERSION]: nothing that a shell, or an option's parser, would take for something else."""
-_NAMES = {"build-options": "--build-option", "check": "--no-check", "package": "the package"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,14 @@ class DebianOptions:
 class Target:
     """What is built, and what of it is sent."""
 
-    work: BuildRecipe | DebianBuild
+    asked: Asked
+    """Without options and system types."""
     directory: Path | None = None
     """The directory that is sent."""
     files: tuple[Path, ...] = ()
     """The files that are sent, where it is no directory."""
-    name: str = field(default="")
-    """For the directory of the result."""
+    name: str = ""
+    """For the directory of the result; empty: the recipe's name and version."""
 
     def pieces(self, exclude: Collection[Path]) -> Iterator[bytes]:
         """The source as a tar, in pieces."""
@@ -63,6 +65,16 @@ class Target:
     def source(self) -> Path:
         """Where the source is, which no result may replace."""
         return self.directory or (self.files[0].parent if self.files else Path("/"))
+
+    def requests(self, client: Client, **asked: Any) -> Sequence[Request]:
+        """The requests for it.
+
+        Args:
+            asked: what else is asked for: the other fields of `Asked`.
+        Raises:
+            ConfigError, UsageError, NotFoundError: as `make_requests`.
+        """
+        return make_requests(client, replace(self.asked, **asked), self.directory)
 
 
 def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Target:
@@ -87,13 +99,21 @@ def find_target(word: str | None, changes: Changes, debian: DebianOptions) -> Ta
         what = "there is no such directory, and no Debian package is called so"
         hint = "NAME or NAME=VERSION, in lower case" if word.lower() != word else "offload build --help"
         raise NotFoundError(what, subject=word, hint=hint)
-    recipe = find_recipe(check_directory(path), changes)
-    return Target(work=recipe, directory=check_directory(path), name=f"{recipe.name}-{recipe.version}")
+    return _directory(check_directory(path), changes)
+
+
+def _directory(directory: Path, changes: Changes) -> Target:
+    file = read_recipe(directory)
+    if file is None and not changes.command:
+        hint = f"write one, or say what is to be run: offload build {shlex.quote(str(directory))} -- COMMAND"
+        raise NotFoundError(f"holds no {RECIPE}", subject=str(directory), hint=hint)
+    asked = Asked(file=file, recipe={"name": safe_name(directory.name)}, changes=changes)
+    return Target(asked=asked, directory=directory)
 
 
 def _package(name: str, version: str | None, changes: Changes, debian: DebianOptions) -> Target:
-    work = _debian({"package": name, "version": version}, name, changes, debian)
-    return Target(work=work, name=f"{name}-{_plain(version)}" if version else name)
+    asked = _debian({"package": name, "version": version}, name, changes, debian)
+    return Target(asked=asked, name=f"{name}-{_plain(version)}" if version else name)
 
 
 def _dsc(path: Path, changes: Changes, debian: DebianOptions) -> Target:
@@ -107,16 +127,14 @@ def _dsc(path: Path, changes: Changes, debian: DebianOptions) -> Target:
     files = (path, *(path.parent / file.name for file in dsc.files))
     if missing := [file.name for file in files if not file.is_file()]:
         raise NotFoundError(f"needs {', '.join(missing)} beside it", subject=str(path), hint="dget, or apt-get source")
-    work = _debian({"package": dsc.source, "version": dsc.version, "dsc": path.name}, str(path), changes, debian)
-    return Target(work=work, files=tuple(file.resolve() for file in files), name=f"{dsc.source}-{dsc.version_without_epoch}")
+    asked = _debian({"package": dsc.source, "version": dsc.version, "dsc": path.name}, str(path), changes, debian)
+    return Target(asked=asked, files=tuple(file.resolve() for file in files), name=f"{dsc.source}-{dsc.version_without_epoch}")
 
 
-def _debian(values: dict[str, Any], subject: str, changes: Changes, debian: DebianOptions) -> DebianBuild:
-    from offloadd.model.recipe import DebianBuild
-
+def _debian(values: dict[str, Any], subject: str, changes: Changes, debian: DebianOptions) -> Asked:
     _refuse_changes(changes, "a Debian package", subject)
     values |= {"build-options": debian.build_options, "check": debian.check, **changes.requirements}
-    return checked(DebianBuild, {key: value for key, value in values.items() if value is not None}, _NAMES)
+    return Asked(debian=values)
 
 
 def _guix(word: str, changes: Changes, debian: DebianOptions) -> Target:
@@ -124,8 +142,6 @@ def _guix(word: str, changes: Changes, debian: DebianOptions) -> Target:
 
     The guest needs the network, for substitutes and sources.
     """
-    from offloadd.model.recipe import BuildRecipe
-
     package = word.removeprefix(_GUIX)
     match = _GUIX_PACKAGE.fullmatch(package)
     if match is None:
@@ -138,11 +154,10 @@ def _guix(word: str, changes: Changes, debian: DebianOptions) -> Target:
         "version": match[1] or "0",
         "steps": (f"guix build {package}", f"guix archive --export --recursive {package} > {package}.nar"),
         "outputs": (f"{package}.nar",),
-        **changes.requirements,
-        "features": ("guix", *changes.requirements.get("features", ())),
+        "features": ("guix",),
         "network": True,
     }
-    return Target(work=checked(BuildRecipe, values, _NAMES), name=package.replace("@", "-"))
+    return Target(asked=Asked(recipe=values, changes=changes), name=package.replace("@", "-"))
 
 
 def _refuse_changes(changes: Changes, what: str, subject: str) -> None:
@@ -150,34 +165,6 @@ def _refuse_changes(changes: Changes, what: str, subject: str) -> None:
     for wrong, name in ((changes.command, "a command"), (changes.packages, "--package"), (changes.outputs, "--output")):
         if wrong:
             raise UsageError(f"{name} is for a directory, not for {what}", subject=subject)
-
-
-def known_system(name: str, where: str) -> str:
-    """The system type's own name.
-
-    Args:
-        where: what it was given as, for the message.
-    Raises:
-        UsageError: there is none of that name, with the nearest ones.
-    """
-    from offloadd.model.system import find_system
-
-    try:
-        return find_system(name).name
-    except ValueError as exc:
-        raise UsageError(f"{where}: {exc}") from exc
-
-
-def released(target: Target, date: str | None) -> dict[str, Any]:
-    """What a directory says of its own age, for the request, when the date is to be found by itself."""
-    from offloadd.builder.release_date import release_date_of_directory
-    from offloadd.model.recipe import BuildRecipe
-
-    asked = date or (target.work.date if isinstance(target.work, BuildRecipe) else None)
-    if asked != "auto" or target.directory is None:
-        return {}
-    found, origin = release_date_of_directory(target.directory)
-    return {"released": {"date": found, "origin": origin}}
 
 
 def _plain(version: str) -> str:

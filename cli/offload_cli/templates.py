@@ -119,7 +119,7 @@ def gc(as_json: bool = json_option()) -> None:
 
 
 def _request(machine: str, date: str | None, cpu: str | None) -> TemplateRequest:
-    from offload_cli.request import checked
+    from offloadd.config.requests import checked
     from offloadd.model.template import TemplateRequest
 
     given = {"machine": machine, "date": date, "cpu": cpu}
@@ -128,3 +128,8 @@ def _request(machine: str, date: str | None, cpu: str | None) -> TemplateRequest
 
 def _words(template: dict[str, Any]) -> str:
     return f"{template['machine']} on {template['cpu']} with {format_size(template['memory_mib'] << 20)}"
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload template`."""
+    commands.add_typer(app, name="template")

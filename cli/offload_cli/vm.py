@@ -221,3 +221,8 @@ def _print_log(path: Path) -> None:
 
 
 screen.add_to(app)
+
+
+def add_to(commands: typer.Typer) -> None:
+    """Add the group `offload vm`."""
+    commands.add_typer(app, name="vm")

@@ -6,9 +6,7 @@ field's line.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from offloadd.errors import ConfigError, NotFoundError, Problem
+from offloadd.config.text import read_text
+from offloadd.errors import ConfigError, Problem
 
 FieldPath = tuple["str | int", ...]
 
-MAX_BYTES = 1024 * 1024
-"""A larger file is not one of ours; PyYAML would need minutes for it."""
 MAX_NODES = 100_000
 """With aliases followed: a few lines of them can stand for more than fits into memory."""
 
@@ -83,29 +80,7 @@ def read_document(path: Path) -> Document:
         NotFoundError: there is no such file.
         ConfigError: it cannot be read, is no YAML, is no mapping, or names a key twice.
     """
-    try:
-        text = _read_bounded(path).decode("utf-8")
-    except FileNotFoundError:
-        raise NotFoundError("no such file", subject=str(path)) from None
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror or str(exc) if isinstance(exc, OSError) else f"not UTF-8 at byte {exc.start}"
-        raise ConfigError([Problem(file=str(path), line=0, field="", message=reason)]) from exc
-    return parse_document(text, str(path))
-
-
-def _without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NONBLOCK)
-
-
-def _read_bounded(path: Path) -> bytes:
-    """A source tree may come from anybody: its recipe may be a link to a device or a fifo, which would be read for ever."""
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError([Problem(file=str(path), line=0, field="", message="is not a regular file")])
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ConfigError([Problem(file=str(path), line=0, field="", message=f"larger than {MAX_BYTES} bytes")])
-    return data
+    return parse_document(read_text(path), str(path))
 
 
 def parse_document(text: str, file: str) -> Document:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from offloadd.config.document import Document, FieldPath, field_name, parse_document, read_document
+from offloadd.config.document import Document, FieldPath, field_name, parse_document
 from offloadd.errors import ConfigError, Problem
 from offloadd.model.base import Value
 from offloadd.model.system import nearest
@@ -16,23 +15,25 @@ from offloadd.model.system import nearest
 V = TypeVar("V", bound=Value)
 
 
-def load_value(path: Path, kind: type[V], *, defaults: Mapping[str, Any] | None = None) -> V:
-    """Read `path` as a `kind`.
+def parse_value(text: str, file: str, kind: type[V]) -> V:
+    """A text as a `kind`.
 
     Args:
-        defaults: values for fields that the file does not set.
+        file: its name in messages.
     Raises:
-        NotFoundError, ConfigError: as `read_document`, or with every field that is wrong.
+        ConfigError: it is no YAML, or with every field that is wrong.
     """
-    return check_document(read_document(path), kind, defaults=defaults)
-
-
-def parse_value(text: str, file: str, kind: type[V]) -> V:
-    """As `load_value`, for a text that is there already."""
     return check_document(parse_document(text, file), kind)
 
 
 def check_document(document: Document, kind: type[V], *, defaults: Mapping[str, Any] | None = None) -> V:
+    """A document's values as a `kind`.
+
+    Args:
+        defaults: values for fields that it does not set.
+    Raises:
+        ConfigError: with every field that is wrong.
+    """
     try:
         return kind.model_validate({**(defaults or {}), **document.values}, by_name=False, by_alias=True)
     except ValidationError as exc:

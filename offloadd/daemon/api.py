@@ -20,6 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from offloadd import __version__
+from offloadd.config.requests import make_requests
 from offloadd.daemon import views
 from offloadd.daemon.doors import Doors
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
@@ -38,6 +39,7 @@ from offloadd.errors import (
     OffloadError,
     UsageError,
 )
+from offloadd.model.asked import Asked
 from offloadd.model.environment import EnvironmentRequest
 from offloadd.model.machine import Machine
 from offloadd.model.recipe import BuildRequest
@@ -305,6 +307,11 @@ def _add_templates(api: FastAPI, service: Service) -> None:
 
 
 def _add_builds(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/requests")
+    async def requests(asked: Asked) -> list[dict[str, Any]]:
+        """What a command line asks for as requests that can be built or routed.  A recipe may take seconds to read."""
+        return [request.to_json() for request in await trio.to_thread.run_sync(make_requests, asked)]
+
     @api.post("/v1/builds", status_code=201)
     async def create(request: BuildRequest) -> dict[str, str]:
         return {"build": await service.builds.create(request)}

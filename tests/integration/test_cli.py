@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from pydantic import TypeAdapter
 
-from offloadd.errors import BootError, NoMachineError
+from offload_cli.main import COMMANDS, make_app
+from offloadd.config.requests import make_requests
+from offloadd.errors import BootError, NoMachineError, OffloadError
+from offloadd.model.asked import Asked
 
 BUILD = "0a1b2c3d"
 RESULT: dict[str, Any] = {"build": BUILD, "name": "p", "version": "0", "state": "succeeded"}
@@ -40,12 +45,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
+        nothing = (404, {"error": "NotFoundError", "what": "no such thing"})
+        answer = self.server.answers.get(f"{self.command} {self.path}", nothing)
         if self.command == "PUT":
             self.server.source = self._chunks()
         elif length := int(self.headers.get("Content-Length") or 0):
-            self.server.bodies.append(json.loads(self.rfile.read(length)))
-        nothing = (404, {"error": "NotFoundError", "what": "no such thing"})
-        answer = self.server.answers.get(f"{self.command} {self.path}", nothing)
+            body = json.loads(self.rfile.read(length))
+            if self.path == "/v1/requests":
+                answer = _requests(body)
+            else:
+                self.server.bodies.append(body)
         status, body = answer if isinstance(answer, tuple) else (200, answer)
         if isinstance(body, list) and body and "event" in body[0]:
             self._stream(body)
@@ -83,6 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + 20
         while not any("cancel" in request for request in self.server.asked) and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def _requests(asked: Any) -> Any:
+    """As the daemon makes them."""
+    try:
+        return [request.to_json() for request in make_requests(TypeAdapter(Asked).validate_python(asked))]
+    except OffloadError as exc:
+        return 400, exc.to_json()
 
 
 class StubDaemon(socketserver.ThreadingUnixStreamServer):
@@ -324,21 +341,23 @@ def test_an_interrupt_cancels_all_of_them(daemon: StubDaemon) -> None:
     assert daemon.asked.count(f"POST /v1/builds/{BUILD}/cancel") >= 2
 
 
-def test_wrong_usage_is_told_before_a_daemon_is_asked(daemon: StubDaemon) -> None:
+def test_wrong_usage_is_told_before_anything_is_begun(daemon: StubDaemon) -> None:
+    daemon.run("build", "p", status=5)
+    daemon.run("build", "./nowhere", status=5)
+    daemon.run("build", "--no-check", "p", "--", "make", status=2)
+    daemon.run("nonsense", status=2)
+    daemon.run("vm", "exec", "vm", status=2)
+    assert daemon.asked == []
     (daemon.root / "p/offload.yaml").write_text("steps: make\ncolour: red\n")
     _, err = daemon.run("build", "p", status=3)
     assert "offload.yaml:1: steps" in err
     assert "offload.yaml:2: colour" in err
     (daemon.root / "p/offload.yaml").unlink()
-    daemon.run("build", "p", status=5)
-    daemon.run("build", "./nowhere", status=5)
     daemon.run("build", "-s", "arm46", "p", "--", "make", status=2)
-    daemon.run("build", "--no-check", "p", "--", "make", status=2)
     assert "SYSTEM: unknown system type 'arm46'" in daemon.run("route", "arm46", status=2)[1]
     daemon.run("build", "-o", "p", "p", "--", "make", status=2)
-    daemon.run("nonsense", status=2)
-    daemon.run("vm", "exec", "vm", status=2)
-    assert daemon.asked == []
+    assert "the command: " in daemon.run("build", "p", "--", "echo", os.fsdecode(b"\xff"), status=2)[1]
+    assert set(daemon.asked) == {"GET /v1/status", "POST /v1/requests"}
 
 
 @pytest.mark.parametrize("name", ["", "..", "../status", "a/b", "x?y", "50%"])
@@ -445,7 +464,7 @@ def test_a_machine_that_does_not_run(daemon: StubDaemon) -> None:
     daemon.run("vm", "logs", "vm", status=5)
 
 
-COMMANDS = [
+WITH_EXAMPLES = [
     *(["build"], ["builds"], ["log"], ["cancel"], ["doctor"], ["env", "list"], ["daemon", "status"], ["daemon", "stop"]),
     *(["image", name] for name in ("list", "build", "show", "rm", "gc")),
     *(["template", name] for name in ("list", "build", "rm", "gc")),
@@ -453,12 +472,34 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", WITH_EXAMPLES, ids=" ".join)
 def test_every_help_text_has_an_example(daemon: StubDaemon, command: list[str]) -> None:
     out, _ = daemon.run(*command, "--help")
     assert "Example" in out
     assert f"\n    offload {' '.join(command)}" in out
     assert daemon.asked == []
+
+
+def test_all_commands_are_in_the_help_and_each_is_found_alone(daemon: StubDaemon) -> None:
+    def shown(app: typer.Typer) -> list[str]:
+        return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+    assert shown(make_app()) == shown(make_app("no-such-command")) == list(COMMANDS)
+    for command, module in COMMANDS.items():
+        assert shown(make_app(command)) == [name for name in COMMANDS if COMMANDS[name] == module]
+    listed = daemon.run("--help")[0].partition("Commands:\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
+    assert "did you mean 'build'" in daemon.run("biuld", status=2)[1].lower()
+
+
+def test_a_build_loads_only_what_it_needs(daemon: StubDaemon) -> None:
+    """To load pydantic and YAML takes as long as a small build."""
+    command = [sys.executable, "-X", "importtime", "-m", "offload_cli", "build", "p", "--", "make"]
+    done = subprocess.run(command, env=daemon.env, cwd=daemon.root, capture_output=True, text=True, timeout=60, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    # What import_module loads is not in the list itself, but all that this one imports is.
+    assert {"offload_cli.order", "typer"} <= loaded
+    assert not loaded & {"pydantic", "yaml", "trio", "asyncssh", "rich", "offload_cli.screen"}
 
 
 def _complete(daemon: StubDaemon, line: str) -> list[str]:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from offloadd.errors import (
     NotFoundError,
     UsageError,
 )
+from offloadd.model.asked import Asked, Changes, RecipeFile
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState, MachineState
 from offloadd.paths import Paths
@@ -275,7 +276,7 @@ def test_wrong_configuration_is_told_to_whoever_asks(daemon: Daemon) -> None:
         assert [(problem.line, problem.field) for problem in caught.value.problems] == [(4, "cpu-count"), (5, "memory")]
         assert caught.value.exit_status == 3
         with pytest.raises(ConfigError):
-            client.create_build(request(), iter([b""]))
+            client.create_build(request().to_json(), iter([b""]))
         daemon.machine("a")  # no restart is needed
         assert [machine["name"] for machine in client.get("/v1/machines")][:3] == ["a", "binfmt", "build-vm"]
 
@@ -285,7 +286,7 @@ def test_what_the_host_refuses_is_told(daemon: Daemon) -> None:
         daemon.paths.builds.rmdir()
         daemon.paths.builds.write_text("in the way")
         with pytest.raises(HostError, match=r"File exists|Not a directory"):
-            client.create_build(request(), iter([b""]))
+            client.create_build(request().to_json(), iter([b""]))
         assert client.get("/v1/builds") == []
 
 
@@ -314,11 +315,33 @@ def test_images_in_use_and_damaged_ones(daemon: Daemon) -> None:
 def test_nobody_can_do_it(daemon: Daemon) -> None:
     with daemon.start() as client:
         with pytest.raises(NotFoundError, match="no machine called 'nothing'"):
-            client.create_build(request(machine="nothing"), iter([b""]))
+            client.create_build(request(machine="nothing").to_json(), iter([b""]))
         with pytest.raises(NoMachineError) as caught:
-            client.create_build(request(recipe={"systems": ["i586-gnu"]}), iter([b""]))
+            client.create_build(request(recipe={"systems": ["i586-gnu"]}).to_json(), iter([b""]))
         assert "build-vm: builds x86_64-linux, i686-linux, not i586-gnu" in caught.value.detail
         assert client.get("/v1/builds") == []
+
+
+def test_what_a_command_line_asks_for_becomes_requests(daemon: Daemon) -> None:
+    file = RecipeFile(path="p/offload.yaml", text="version: 1\nstep: [make]\n")
+    right = Asked(recipe={"name": "p"}, changes=Changes(command=("make",)), systems=("arm64", "amd64"))
+    with daemon.start() as client:
+        made = client.post("/v1/requests", asdict(right))
+        assert [(one["system"], one["recipe"]["steps"]) for one in made] == [
+            ("aarch64-linux", ["make"]),
+            ("x86_64-linux", ["make"]),
+        ]
+        with pytest.raises(ConfigError) as caught:
+            client.post("/v1/requests", asdict(replace(right, file=file)))
+        assert [(problem.file, problem.line) for problem in caught.value.problems] == [(file.path, 1), (file.path, 2)]
+        # What a shell can give, and JSON only escaped.
+        odd = Changes(command=("echo", "\udcff"), packages=("\udcff",))
+        with pytest.raises(UsageError, match=r"the command: .*only UTF-8 without NUL"):
+            client.post("/v1/requests", asdict(replace(right, changes=odd)))
+        with pytest.raises(UsageError, match="--system: unknown system type"):
+            client.post("/v1/requests", asdict(replace(right, systems=("\udcff",))))
+        with pytest.raises(UsageError, match=r"--date: .*; --cpu: |--cpu: .*; --date: "):
+            client.post("/v1/requests", asdict(replace(right, options={"date": "never", "cpu": "\udcff"})))
 
 
 def test_a_machine_that_cannot_start(daemon: Daemon) -> None:
@@ -337,7 +360,7 @@ def test_a_machine_that_cannot_start(daemon: Daemon) -> None:
 def test_a_build_that_cannot_be_begun(daemon: Daemon) -> None:
     daemon.machine("broken")
     with daemon.start() as client:
-        build = client.create_build(request(machine="broken"), iter([b"a tar", b" in pieces"]))
+        build = client.create_build(request(machine="broken").to_json(), iter([b"a tar", b" in pieces"]))
         told = events(client, build)
         assert [event["state"] for event in told if event["event"] == "state"] == ["queued", "preparing", "preparing"]
         assert told[-2]["event"] == "error"

@@ -128,10 +128,10 @@ def test_only_a_machine_without_a_date_of_the_builds_can_be_kept(daemon: Daemon)
         assert decision["passed_over"]["local"] == "is no virtual machine: there is nothing to keep"
         assert all("has to be started" in found["why"] for found in decision["candidates"])
         with pytest.raises(NoMachineError, match="local cannot"):
-            client.create_build(request(**{"keep-machine": True, "machine": "local"}), iter([b""]))
+            client.create_build(request(**{"keep-machine": True, "machine": "local"}).to_json(), iter([b""]))
         for dated in ({"date": "2020-01-01"}, {"recipe": {"date": "auto"}}):
             with pytest.raises(UsageError, match="has a date"):
-                client.create_build(request(**{"keep-machine": True, **dated}), iter([b""]))
+                client.create_build(request(**{"keep-machine": True, **dated}).to_json(), iter([b""]))
         assert client.get("/v1/builds") == []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from offload_cli.main import app
+from offload_cli.main import make_app
 from offloadd.config.library import load_library
 from offloadd.model.image import FileImage
 from offloadd.paths import shipped
@@ -28,7 +28,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disk.raw").write_bytes(DISK)
     (tmp_path / "disk.img.gz").write_bytes(gzip.compress(DISK))
-    return lambda *words: CliRunner().invoke(app, ["image", "set", *words])
+    return lambda *words: CliRunner().invoke(make_app("image"), ["image", "set", *words])
 
 
 def declared(tmp_path: Path, name: str) -> FileImage:

@@ -1,17 +1,26 @@
-"""From the command line's words to a request."""
+"""From the command line's words to requests: what the command line sends, and what the daemon makes of it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from offload_cli.request import Changes, check_directory, find_recipe, make_request, safe_name
+from offload_cli.request import check_directory, safe_name
+from offload_cli.target import DebianOptions, find_target
 from offloadd.config.document import dump_yaml
 from offloadd.config.load import parse_value
+from offloadd.config.requests import make_requests
 from offloadd.errors import ConfigError, NotFoundError, UsageError
+from offloadd.model.asked import Asked, Changes
 from offloadd.model.machine import BuildVm
+from offloadd.model.recipe import BuildRecipe, BuildRequest
 
 YAML = "packages: [gcc]\nsteps: [make, make check]\noutputs: [dist/*]\ndate: 2019-08-01\n"
 
@@ -21,6 +30,18 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "my project"
     folder.mkdir()
     return folder
+
+
+def requests(project: Path, changes: Changes, **asked: Any) -> Sequence[BuildRequest]:
+    """What the daemon makes of it, after its way through JSON."""
+    sent = json.dumps(asdict(find_target(str(project), changes, DebianOptions()).asked) | asked)
+    return make_requests(TypeAdapter(Asked).validate_python(json.loads(sent)))
+
+
+def find_recipe(project: Path, changes: Changes) -> BuildRecipe:
+    [request] = requests(project, changes)
+    assert request.recipe is not None
+    return request.recipe
 
 
 def test_recipe_of_a_file(project: Path) -> None:
@@ -82,23 +103,29 @@ def test_a_wrong_change_names_its_option(project: Path, changes: Changes, option
 
 
 def test_request(project: Path) -> None:
-    recipe = find_recipe(project, Changes(command=("make",)))
-    request = make_request(recipe, {"date": "2020-01-01", "timeout": "10m", "cpu": None, "keep-failed": True})
+    options = {"date": "2020-01-01", "timeout": "10m", "cpu": None, "keep-failed": True}
+    [request] = requests(project, Changes(command=("make",)), options=options)
     assert request.date == datetime(2020, 1, 1, tzinfo=UTC)
     assert (request.timeout, request.cpu, request.keep_failed) == (600.0, None, True)
 
 
 @pytest.mark.parametrize("option", [{"date": "yesterday"}, {"timeout": "-3"}, {"max-silent-time": "x"}, {"machine": "../x"}])
 def test_a_wrong_option_is_named(project: Path, option: dict[str, str]) -> None:
-    recipe = find_recipe(project, Changes(command=("make",)))
     with pytest.raises(UsageError, match=f"--{next(iter(option))}: "):
-        make_request(recipe, option)
+        requests(project, Changes(command=("make",)), options=option)
 
 
 def test_every_wrong_option_is_named_at_once(project: Path) -> None:
-    recipe = find_recipe(project, Changes(command=("make",)))
     with pytest.raises(UsageError, match=r"--date: .*; --timeout: |--timeout: .*; --date: "):
-        make_request(recipe, {"date": "x", "timeout": "y"})
+        requests(project, Changes(command=("make",)), options={"date": "x", "timeout": "y"})
+
+
+def test_a_file_whose_name_has_no_form_in_json(tmp_path: Path) -> None:
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    (folder / "offload.yaml").write_text("step: [make]\n")
+    with pytest.raises(ConfigError, match="unknown key; did you mean steps"):
+        find_recipe(folder, Changes())
 
 
 @pytest.mark.parametrize(

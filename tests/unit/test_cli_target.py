@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from offload_cli.build import _systems
-from offload_cli.request import Changes
+from offload_cli.request import make_requests
 from offload_cli.route import decision_table
-from offload_cli.target import DebianOptions, find_target, released
+from offload_cli.target import DebianOptions, Target, find_target
+from offloadd.client import Client
+from offloadd.config import requests
 from offloadd.errors import NotFoundError, OffloadError, UsageError
-from offloadd.model.recipe import BuildRecipe, DebianBuild
+from offloadd.model.asked import Asked, Changes, RecipeFile
+from offloadd.model.recipe import BuildRecipe, BuildRequest, DebianBuild
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +31,26 @@ def project(folder: Path, text: str = "") -> None:
     (folder / "offload.yaml").write_text(f"name: thing\nversion: '2'\nsteps: ['true']\n{text}")
 
 
+def asked_of(target: Target, **more: Any) -> Sequence[BuildRequest]:
+    return requests.make_requests(replace(target.asked, **more))
+
+
+def debian(target: Target) -> DebianBuild:
+    work = asked_of(target)[0].work
+    assert isinstance(work, DebianBuild)
+    return work
+
+
+def recipe(target: Target) -> BuildRecipe:
+    work = asked_of(target)[0].work
+    assert isinstance(work, BuildRecipe)
+    return work
+
+
 def test_nothing_is_the_current_directory(here: Path) -> None:
     project(here)
     target = find_target(None, Changes(), DebianOptions())
-    assert (target.directory, target.name) == (here, "thing-2")
+    assert (target.directory, recipe(target).name, recipe(target).version) == (here, "thing", "2")
 
 
 @pytest.mark.parametrize(
@@ -44,9 +64,9 @@ def test_nothing_is_the_current_directory(here: Path) -> None:
 )
 def test_a_package(word: str, package: str, version: str | None, name: str) -> None:
     target = find_target(word, Changes(), DebianOptions(build_options=("noopt",), check=False))
-    assert isinstance(target.work, DebianBuild)
-    assert (target.work.package, target.work.version, target.name) == (package, version, name)
-    assert (target.work.build_options, target.work.check) == (("noopt",), False)
+    work = debian(target)
+    assert (work.package, work.version, target.name) == (package, version, name)
+    assert (work.build_options, work.check) == (("noopt",), False)
     assert target.directory is None
 
 
@@ -61,8 +81,7 @@ def test_a_package(word: str, package: str, version: str | None, name: str) -> N
 def test_a_guix_package(here: Path, word: str, name: str, version: str, result: str) -> None:
     (here / word).mkdir()  # no matter
     target = find_target(word, Changes(requirements={"features": ("big",), "timeout": "1h"}), DebianOptions())
-    work, package = target.work, word.removeprefix("guix:")
-    assert isinstance(work, BuildRecipe)
+    work, package = recipe(target), word.removeprefix("guix:")
     assert (work.name, work.version, target.name, target.directory) == (name, version, result, None)
     assert work.steps == (f"guix build {package}", f"guix archive --export --recursive {package} > {package}.nar")
     assert work.outputs == (f"{package}.nar",)
@@ -115,8 +134,8 @@ def test_options_that_no_guix_package_has() -> None:
 
 def test_a_directory_comes_before_a_package(here: Path) -> None:
     project(here / "hello")
-    assert isinstance(find_target("hello", Changes(), DebianOptions()).work, BuildRecipe)
-    assert isinstance(find_target("debian:hello", Changes(), DebianOptions()).work, DebianBuild)
+    assert recipe(find_target("hello", Changes(), DebianOptions())).name == "thing"
+    assert debian(find_target("debian:hello", Changes(), DebianOptions())).package == "hello"
 
 
 @pytest.mark.parametrize("word", ["./hello", "some/where", "Hello_World", "/nowhere"])
@@ -137,8 +156,9 @@ def test_options_that_do_not_fit(here: Path) -> None:
 
 @pytest.mark.parametrize("option", [("Noopt",), ("a b",), ("x;y",)])
 def test_wrong_build_options(option: tuple[str, ...]) -> None:
+    target = find_target("hello", Changes(), DebianOptions(build_options=option))
     with pytest.raises(UsageError, match="--build-option"):
-        find_target("hello", Changes(), DebianOptions(build_options=option))
+        asked_of(target)
 
 
 def test_a_dsc_that_is_not_there_or_none(here: Path) -> None:
@@ -152,15 +172,22 @@ def test_a_dsc_that_is_not_there_or_none(here: Path) -> None:
 def test_systems(here: Path) -> None:
     project(here, "systems: [amd64, arm64]\n")
     target = find_target(None, Changes(), DebianOptions())
-    assert _systems(target, [], all_systems=False) == [None]
-    assert _systems(target, ["arm64", "aarch64-linux", "i386"], all_systems=False) == ["aarch64-linux", "i686-linux"]
-    assert _systems(target, [], all_systems=True) == ["x86_64-linux", "aarch64-linux"]
+
+    def systems(*given: str, **more: Any) -> list[str | None]:
+        return [request.system for request in asked_of(target, systems=given, **more)]
+
+    assert systems() == [None]
+    assert systems("arm64", "aarch64-linux", "i386") == ["aarch64-linux", "i686-linux"]
+    assert systems(all_systems=True) == ["x86_64-linux", "aarch64-linux"]
     with pytest.raises(UsageError, match="do not go together"):
-        _systems(target, ["arm64"], all_systems=True)
+        systems("arm64", all_systems=True)
     with pytest.raises(UsageError, match="--system: unknown system type 'arm46'"):
-        _systems(target, ["arm46"], all_systems=False)
+        systems("arm46")
+    with pytest.raises(UsageError, match="SYSTEM: unknown system type 'arm46'"):
+        systems("arm46", systems_option="SYSTEM")
+    target = find_target("hello", Changes(), DebianOptions())
     with pytest.raises(UsageError, match="names no systems"):
-        _systems(find_target("hello", Changes(), DebianOptions()), [], all_systems=True)
+        systems(all_systems=True)
 
 
 def test_requirements_reach_the_recipe(here: Path) -> None:
@@ -168,8 +195,8 @@ def test_requirements_reach_the_recipe(here: Path) -> None:
     target = find_target(
         None, Changes(requirements={"features": ("big",), "network": True, "suite": "trixie"}), DebianOptions()
     )
-    assert isinstance(target.work, BuildRecipe)
-    assert (target.work.features, target.work.network, target.work.suite) == (("kvm", "big"), True, "trixie")
+    work = recipe(target)
+    assert (work.features, work.network, work.suite) == (("kvm", "big"), True, "trixie")
 
 
 def decision(**changes: Any) -> dict[str, Any]:
@@ -222,8 +249,28 @@ def test_the_date_of_a_directory(here: Path) -> None:
     project(here, "")
     (here / "debian").mkdir()
     (here / "debian/changelog").write_text("p (1) s; urgency=low\n\n -- A <a@b.c>  Mon, 02 Jan 2012 10:00:00 +0000\n")
-    target = find_target(None, Changes(), DebianOptions())
-    found = released(target, "auto")["released"]
-    assert (found["date"], found["origin"]) == (datetime(2012, 1, 2, 10, tzinfo=UTC), "debian/changelog of p 1")
-    assert released(target, "2020-01-01") == {}
-    assert released(find_target("hello", Changes(), DebianOptions()), "auto") == {}
+    told = {"date": "2012-01-02T10:00:00Z", "origin": "debian/changelog of p 1"}
+    asked = find_target(None, Changes(), DebianOptions()).asked
+    assert released(asked, here) is None
+    assert released(replace(asked, options={"date": "auto"}), here) == told
+    assert released(replace(asked, options={"date": "2020-01-01"}), here) is None
+    assert released(find_target("hello", Changes(), DebianOptions()).asked, None) is None
+    dated = RecipeFile(path="offload.yaml", text="steps: ['true']\ndate: auto\n")
+    assert released(replace(asked, file=dated), here) == told
+    assert released(replace(asked, file=dated, options={"date": "2020-01-01"}), here) is None
+
+
+class Daemon(Client):
+    """What the daemon does with what is asked for, without one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def post(self, path: str, body: Any = None) -> Any:
+        assert path == "/v1/requests"
+        return [request.to_json() for request in requests.make_requests(TypeAdapter(Asked).validate_python(body))]
+
+
+def released(asked: Asked, directory: Path | None) -> object:
+    (request,) = make_requests(Daemon(), asked, directory)
+    return request["released"]

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloadd.config.document import MAX_BYTES, Document, field_name, parse_document, read_document
+from offloadd.config.document import Document, field_name, parse_document, read_document
 from offloadd.config.library import load_library
 from offloadd.config.load import check_document, parse_value
 from offloadd.config.shelf import Shelf
+from offloadd.config.text import MAX_BYTES
 from offloadd.errors import ConfigError, NotFoundError, error_from_json
 from offloadd.model.image import ImageRecipe
 from offloadd.model.machine import BuildVm, EmulatedVm, SshMachine
