@@ -157,6 +157,10 @@ class RebootedError(BootError):
     """It rebooted instead: it may come up at the next try."""
 
 
+class StalledError(BootError):
+    """Its kernel waits for a timer that does not come."""
+
+
 class SshError(TransientError):
     """The SSH channel into a guest could not be made or broke."""
 

@@ -27,7 +27,7 @@ from offloadd.errors import (
     UnsavableError,
 )
 from offloadd.guest.agent import Agent, open_agent
-from offloadd.guest.open import install_secrets, open_by_ssh, open_guest, personalize, wake
+from offloadd.guest.open import boot_twice, install_secrets, open_by_ssh, open_guest, personalize, wake
 from offloadd.guest.ssh import Guest
 from offloadd.model.childhurd import Childhurd
 from offloadd.model.machine import VmMachine
@@ -153,8 +153,12 @@ class Guests:
 
         async def start(stack: AsyncExitStack, saved: SavedGuest | None) -> FreshGuest:
             cores = stack.enter_context(self.shop.cores.share(plan.cpu_count))
-            opened = open_fresh(self.shop, plan, tell, cores=cores, logs=logs, purpose=purpose, saved=saved)
-            return await stack.enter_async_context(opened)
+
+            async def once() -> FreshGuest:
+                opened = open_fresh(self.shop, plan, tell, cores=cores, logs=logs, purpose=purpose, saved=saved)
+                return await stack.enter_async_context(opened)
+
+            return await boot_twice(once, lambda text: tell(text, None))
 
         async with AsyncExitStack() as stack:
             found = await self._try_clone(stack, plan, tell, start) if machine.template else ""

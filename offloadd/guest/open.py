@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
 from offloadd.bridge import Bridge
-from offloadd.errors import AgentError, BootError
+from offloadd.errors import AgentError, BootError, StalledError
 from offloadd.guest.agent import Agent, open_agent
 from offloadd.guest.secret_root import SecretRoot
 from offloadd.guest.secret_service import (
@@ -26,6 +27,7 @@ from offloadd.model.machine import SECRETS_PORT
 from offloadd.nursery import open_narrow_nursery
 from offloadd.vm.instance import Instance, while_running
 
+T = TypeVar("T")
 Phase = Callable[[str], None]
 
 CLOCK_TOLERANCE_S = 120.0
@@ -33,6 +35,23 @@ CLOCK_TOLERANCE_S = 120.0
 SECRETS_S = 60.0
 SSHD_S = 150.0
 """The guest gives up before that, if it is an honest one."""
+STALLED = "kthread timer wakeup didn't happen"
+"""What Linux's RCU prints (kernel/rcu/tree_stall.h) when a processor has stood idle for 21 s beside a timer that ran out: no
+interrupts of its timer come any more.  Seen twice under TCG, in some thousand boots of guests with two processors."""
+STALL_CHECK_S = 1.0
+
+
+async def boot_twice(boot: Callable[[], Awaitable[T]], tell: Phase) -> T:
+    """Do it, and once more when the guest's kernel stalls: that is an accident of one boot.
+
+    Raises:
+        StalledError: it stalled again; and whatever `boot` raises.
+    """
+    try:
+        return await boot()
+    except StalledError as exc:
+        tell(f"{exc}; booting it once more")
+    return await boot()
 
 
 @asynccontextmanager
@@ -44,6 +63,7 @@ async def open_guest(instance: Instance, phase: Phase, *, adopted: bool = False)
         adopted: an earlier daemon was connected before.
     Raises:
         BootError: the guest ended, or was not ready within the machine's limit; with its console's last lines.
+        StalledError: its kernel says that it will never be.
         AgentError, ProtocolError: it is not the guest that it should be.
     """
     async with open_agent(instance.files.agent, instance.name) as agent:
@@ -55,9 +75,12 @@ async def greet(instance: Instance, agent: Agent, phase: Phase, *, adopted: bool
     """The same where the connection was made before."""
     limit_s = instance.record.plan.boot_timeout_s
     phase("waiting for the guest")
-    async with while_running(instance, BootError):
+    async with while_running(instance, BootError), open_narrow_nursery() as nursery:
+        if not adopted:
+            nursery.start_soon(_watch_for_stall, instance)
         with trio.move_on_after(limit_s) as limit:
             await agent.greet(adopted=adopted)
+        nursery.cancel_scope.cancel()
         if limit.cancelled_caught:
             raise BootError(
                 f"not ready after {limit_s:.0f} s: its agent gave no hello",
@@ -65,6 +88,17 @@ async def greet(instance: Instance, agent: Agent, phase: Phase, *, adopted: bool
                 detail=instance.console_tail(),
                 hint=f"offload vm logs {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
             )
+
+
+async def _watch_for_stall(instance: Instance) -> None:
+    while STALLED not in instance.console_tail(lines=200):  # noqa: ASYNC110 - nothing tells that a file has grown
+        await trio.sleep(STALL_CHECK_S)
+    raise StalledError(
+        "its kernel gets no interrupts of a timer",
+        subject=instance.name,
+        detail=instance.console_tail(),
+        hint=f"try again; offload vm logs {instance.record.plan.machine}",
+    )
 
 
 async def personalize(instance: Instance, agent: Agent) -> None:

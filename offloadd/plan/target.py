@@ -36,8 +36,10 @@ class Target:
     panics_unseen: bool = False
     """Whether only its console shows that its kernel has panicked."""
     devices: tuple[str, ...] = ()
-    kernel: str = ""
+    kernel: tuple[str, ...] = ()
     """Further words for the kernel."""
+    kernel_smp: tuple[str, ...] = ()
+    """And for one that boots on one processor of several."""
 
     def device(self, kind: str, properties: str) -> list[str]:
         """The arguments for a virtio device of that kind, `blk` or `net`."""
@@ -54,7 +56,9 @@ TARGETS: dict[str, Target] = {
         console="ttyS0",
         machine_of_others="pc",
         devices=("pvpanic-pci",),
-        kernel="tsc=reliable no_timer_check 8250.nr_uarts=1",
+        kernel=("tsc=reliable", "no_timer_check", "8250.nr_uarts=1"),
+        # Else it patches itself for one processor, and once more for the second.
+        kernel_smp=("noreplace-smp",),
     ),
     # Without firmware there is no ACPI, and Debian's cloud kernel has no driver for the button of the device tree.
     # The default interrupt controller holds 8 processors.

@@ -17,7 +17,7 @@ from offloadd.bridge import Bridge
 from offloadd.digest import sparse_sha256
 from offloadd.errors import AgentError, BootError
 from offloadd.guest.agent import Agent
-from offloadd.guest.open import check_clock, open_guest, personalize
+from offloadd.guest.open import boot_twice, check_clock, open_guest, personalize
 from offloadd.model.quantity import format_date
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
@@ -60,6 +60,13 @@ async def freeze(
         MachineLostError: QEMU went away.
         HostError, OSError: the host lacks something, the disk is full.
     """
+    progress(f"booting {plan.machine} once, to be saved as a template", None)
+    await boot_twice(lambda: _freeze(plan, key, bench, warm_up, directory, progress), lambda text: progress(text, None))
+
+
+async def _freeze(
+    plan: VmPlan, key: TemplateKey, bench: Workbench, warm_up: WarmUp, directory: Path, progress: Progress
+) -> None:
     ram = open_memory("offload-template", plan.memory_mib << 20)
     try:
         opened = open_instance(
@@ -71,7 +78,6 @@ async def freeze(
             purpose="build",
             memory=Saving(ram=ram),
         )
-        progress(f"booting {plan.machine} once, to be saved as a template", None)
         async with opened as instance, open_guest(instance, lambda text: None) as agent:
             async with while_running(instance, BootError):
                 with trio.move_on_after(WARM_UP_S) as limit:

@@ -256,8 +256,8 @@ class Instance:
         """
         return await take_screenshot(self._qmp)
 
-    def console_tail(self) -> str:
-        return console_tail(self.files.console_log)
+    def console_tail(self, lines: int = 20) -> str:
+        return console_tail(self.files.console_log, lines)
 
     async def _end_when_disk_full(self) -> None:
         """QEMU pauses a guest that it cannot write for; nobody would ever know why it is silent."""

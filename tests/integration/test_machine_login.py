@@ -43,7 +43,7 @@ class StandIn:
         self.outcome = Outcome(state=state, reason=reason, exit_status=0, stderr="", console="")
         self._ended.set()
 
-    def console_tail(self) -> str:
+    def console_tail(self, lines: int = 20) -> str:
         return "the last line"
 
 

@@ -219,7 +219,7 @@ def test_the_command_line_of_other_targets(system: str, model: str, virtual_mach
     assert options(argv, "-rtc") == ["base=2020-01-01T00:00:00,clock=vm"]
     assert options(argv, "-append") == [
         f"root=/dev/vda console={console} panic=-1 quiet random.trust_cpu=on mitigations=off norandmaps cryptomgr.notests"
-        " lsm=landlock,lockdown,yama psi=0"
+        " lsm=landlock,lockdown,yama psi=0 maxcpus=1"
     ]
     assert options(argv, "-device") == [
         f"virtio-serial-{bus},max_ports=2" + (",vectors=7" if bus == "pci" else ""),
@@ -240,8 +240,18 @@ def test_what_the_kernel_must_be_told() -> None:
 
 
 def test_a_guest_is_told_how_fast_its_processor_is() -> None:
-    assert options(qemu_argv(plan(qemu=facts(tsc_khz=2600000)), FDS), "-append")[0].endswith(" tsc_early_khz=2600000")
+    assert " tsc_early_khz=2600000" in options(qemu_argv(plan(qemu=facts(tsc_khz=2600000)), FDS), "-append")[0]
     assert "tsc_early_khz" not in options(qemu_argv(plan(), FDS), "-append")[0]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "processors", "told"), [("tcg", 4, True), ("tcg", 2, True), ("tcg", 1, False), ("kvm", 4, False)]
+)
+def test_an_emulated_kernel_boots_on_one_processor(accelerator: str, processors: int, told: bool) -> None:
+    argv = qemu_argv(plan(cpu_count=processors, qemu=facts(accelerator=accelerator)), FDS)
+    words = set(options(argv, "-append")[0].split())
+    assert words & {"maxcpus=1", "noreplace-smp"} == ({"maxcpus=1", "noreplace-smp"} if told else set())
+    assert options(argv, "-smp") == [str(processors)]
 
 
 def test_what_changes_an_option() -> None:

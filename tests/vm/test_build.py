@@ -165,6 +165,8 @@ def test_machine_killed_in_mid_build(world: World, tmp_path: Path, template: str
     process = world.start("build", "--machine", "doomed", "-o", tmp_path / "out", recipe)
     wait_until_building(process)
     (qemu,) = world.qemus()
+    # A busy serial port may have it only now.
+    wait_for(lambda: [log for log in world.instances.glob("*/console.log") if last_words in log.read_text()])
     os.kill(qemu, signal.SIGKILL)
 
     out, err = process.communicate(timeout=60)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from offloadd.guest.open import STALLED
 from offloadd.plan.target import TARGETS
 from offloadd.template.freeze import RAM
 from offloadd.vm.record import InstanceRecord, read_record, read_records
@@ -221,7 +222,10 @@ def breakable(own: World) -> Breakable:
     folder.mkdir()
     folder.chmod(0o777)  # QEMU may run as another user
     own.root.chmod(0o755)
-    kernel = f"root=/dev/vda console=ttyS0 panic=-1 quiet {TARGETS['x86_64'].kernel} sysrq_always_enabled"
+    target = TARGETS["x86_64"]
+    kernel = " ".join(
+        ("root=/dev/vda console=ttyS0 panic=-1 quiet maxcpus=1 sysrq_always_enabled", *target.kernel, *target.kernel_smp)
+    )
     monitor = folder / "qmp"
     own.machine("breakable", SMALL + f"options: [-append, '{kernel}', -qmp, 'unix:{monitor},server=on,wait=off']\n")
     return Breakable(own, monitor)
@@ -248,6 +252,74 @@ def test_a_guest_that_breaks_in_mid_build(breakable: Breakable, tmp_path: Path, 
     # Nothing is wrong with the machine or its template.
     record, told = build(world, tmp_path / "next", "--machine", "breakable")
     assert (record["guest"], MADE in told) == ("clone", False)
+
+
+@dataclass
+class Stalling:
+    """Guests that stall: a QEMU whose guests find no port for their agent, and on their console what a kernel says that stalls.
+
+    A stand-in: what makes a kernel stall cannot be had when it is wanted.
+    """
+
+    path: Path
+
+    def install(self) -> None:
+        self.path.write_text(
+            f"""#!/bin/bash
+            for word in "$@"; do
+                if [[ $word =~ logfile=/proc/self/fd/([0-9]+) ]] && (($(<{self._left}) > 0)); then
+                    echo $(($(<{self._left}) - 1)) >{self._left}
+                    echo "rcu: rcu_preempt {STALLED} for 5255 jiffies!" >&"${{BASH_REMATCH[1]}}"
+                    set -- "${{@/name=org.offload.agent/name=nobody}}"
+                fi
+            done
+            exec qemu-system-x86_64 "$@"
+            """
+        )
+        self.path.chmod(0o755)
+
+    @property
+    def _left(self) -> Path:
+        return self.path.with_name("left")
+
+    def stall(self, boots: int) -> None:
+        """That many boots from now on."""
+        self._left.write_text(f"{boots}\n")
+        self._left.chmod(0o666)  # QEMU may run as another user
+
+
+@pytest.fixture(scope="module")
+def stalling(own: World) -> Stalling:
+    qemu = Stalling(own.root / "stalling/qemu-system-x86_64")
+    qemu.path.parent.mkdir()
+    own.root.chmod(0o755)
+    qemu.install()
+    qemu.stall(0)
+    for name, template in (("stalls", "true"), ("stalls-booted", "false")):
+        own.machine(name, SMALL + f"qemu: {qemu.path}\ntemplate: {template}\n")
+    return qemu
+
+
+AGAIN = ": its kernel gets no interrupts of a timer; booting it once more"
+
+
+@pytest.mark.parametrize(("machine", "guest"), [("stalls", "clone"), ("stalls-booted", "boot")])
+def test_a_boot_that_stalls_is_tried_again(own: World, stalling: Stalling, tmp_path: Path, machine: str, guest: str) -> None:
+    stalling.stall(1)
+    record, told = build(own, tmp_path / "out", "--machine", machine)
+    assert (record["guest"], record["state"]) == (guest, "succeeded")
+    assert told.count(AGAIN) == 1
+    own.assert_nothing_left()
+
+
+def test_a_boot_that_stalls_twice(own: World, stalling: Stalling, tmp_path: Path) -> None:
+    stalling.stall(2)
+    recipe = own.recipe("stalled", "steps: ['true']\n")
+    err = own.run("build", "--machine", "stalls-booted", "-o", tmp_path / "out", recipe, status=75).stderr
+    assert err.count(AGAIN) == 1
+    assert "offload: stalls-booted: its kernel gets no interrupts of a timer" in err
+    assert f"| rcu: rcu_preempt {STALLED} for 5255 jiffies!" in err
+    own.assert_nothing_left()
 
 
 # Time goes on without the guest

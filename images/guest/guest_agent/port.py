@@ -7,6 +7,8 @@ from guest_agent.wire import HEAD, MAX_PAYLOAD, Cutter, answer_hello, head
 
 PORT_NAME = "org.offload.agent"
 PORTS = "/sys/class/virtio-ports"
+READY = "/run/offload-ready"
+"""What PID 1 makes when the guest is set up: whoever is answered before that may find a build without its loopback."""
 CHUNK = 4096
 """What QEMU puts into one buffer of the port: a read gives no more than that."""
 
@@ -68,10 +70,10 @@ class Port:
 
 
 def find_port():
-    """The port, which is there when its driver is loaded."""
+    """The port, when the guest is ready."""
     while True:
         try:
-            for port in os.listdir(PORTS):
+            for port in os.listdir(PORTS) if os.path.exists(READY) else ():
                 with open(f"{PORTS}/{port}/name") as file:
                     if file.read().strip() == PORT_NAME:
                         return os.open("/dev/" + port, os.O_RDWR | os.O_CLOEXEC)
