@@ -37,7 +37,7 @@ SSHD_S = 150.0
 """The guest gives up before that, if it is an honest one."""
 STALLED = "kthread timer wakeup didn't happen"
 """What Linux's RCU prints (kernel/rcu/tree_stall.h) when a processor has stood idle for 21 s beside a timer that ran out: no
-interrupts of its timer come any more.  Seen twice under TCG, in some thousand boots of guests with two processors."""
+interrupts of its timer come any more.  Seen twice under TCG, before its kernels booted on one processor (`plan/argv.py`)."""
 STALL_CHECK_S = 1.0
 
 
@@ -84,7 +84,7 @@ async def greet(instance: Instance, agent: Agent, phase: Phase, *, adopted: bool
         if limit.cancelled_caught:
             raise BootError(
                 f"not ready after {limit_s:.0f} s: its agent gave no hello",
-                subject=instance.name,
+                subject=instance.record.plan.machine,
                 detail=instance.console_tail(),
                 hint=f"offload vm logs {instance.record.plan.machine}; a slow host may need a longer boot-timeout",
             )
@@ -95,7 +95,7 @@ async def _watch_for_stall(instance: Instance) -> None:
         await trio.sleep(STALL_CHECK_S)
     raise StalledError(
         "its kernel gets no interrupts of a timer",
-        subject=instance.name,
+        subject=instance.record.plan.machine,
         detail=instance.console_tail(),
         hint=f"try again; offload vm logs {instance.record.plan.machine}",
     )
