@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from offloadd.errors import DaemonError, OffloadError, error_from_json
+from offloadd.errors import DaemonError, OffloadError, UsageError, error_from_json
 from offloadd.paths import Paths, check_ours, find_paths, make_private
 
 IDLE_TIMEOUT = "15m"
@@ -224,7 +224,10 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def _error(status: int, data: bytes) -> OffloadError:
     try:
-        return error_from_json(json.loads(data))
+        error = error_from_json(json.loads(data))
+        if isinstance(error, UsageError) and status in (404, 405):
+            error.hint = "the daemon is of another version; after `offload daemon stop` the next command starts its own"
+        return error
     except (ValueError, TypeError, KeyError, AttributeError):
         detail = data.decode(errors="replace")[:2000]
         return DaemonError(f"answered {status}", subject="offloadd", detail=detail, hint="offload daemon status")

@@ -156,6 +156,13 @@ def test_sigterm_ends_it_cleanly(daemon: Daemon) -> None:
         client.get("/v1/status")
 
 
+def test_a_daemon_that_does_not_know_what_it_is_asked_for(daemon: Daemon) -> None:
+    """As one that was started before an upgrade."""
+    with daemon.start() as client, pytest.raises(UsageError, match="POST /v2/builds") as caught:
+        client.post("/v2/builds")
+    assert "offload daemon stop" in caught.value.hint
+
+
 def test_a_request_to_stop_ends_it_cleanly(daemon: Daemon) -> None:
     with daemon.start() as client:
         client.post("/v1/stop")
