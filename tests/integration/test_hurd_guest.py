@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from .real_sshd import find_sshd
 
 GUEST = Path(__file__).parents[2] / "images/guest/hurd"
 
@@ -99,14 +100,12 @@ def test_apt_that_fails(apt: Path, fails: str, message: str) -> None:
 
 
 def test_sshd_takes_our_settings_before_debian_s(tmp_path: Path) -> None:
-    sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
-    assert sshd, "openssh-server is not installed"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     config = tmp_path / "sshd_config"
     config.write_text(
         f"Include {GUEST}/sshd_config\nUsePAM yes\nPermitRootLogin yes\nPasswordAuthentication yes\nHostKey {tmp_path}/key\n"
     )
-    shown = subprocess.run([sshd, "-T", "-f", config], capture_output=True, text=True, check=True).stdout.splitlines()
+    shown = subprocess.run([find_sshd(), "-T", "-f", config], capture_output=True, text=True, check=True).stdout.splitlines()
     for line in (
         "usepam no",
         "permitrootlogin forced-commands-only",

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from ..conftest import World
+from .real_sshd import SSHD
 from .test_remote import Remote, start, stop
-from .test_ssh import SSHD, free_port
+from .test_ssh import free_port
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from offloadd.errors import BuildFailedError, BuildTimeoutError, ProtocolError, 
 from offloadd.guest.ssh import Guest, open_remote
 from offloadd.place.childhurd import install_packages
 
+from .real_sshd import SSHD
 from .test_remote import Remote, kill_sessions, start, stop
-from .test_ssh import SSHD
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
 

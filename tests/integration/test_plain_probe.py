@@ -27,8 +27,9 @@ from offloadd.place import probe
 from offloadd.place.plain_probe import exchange_plain, probe_plain
 from offloadd.place.probe import Probe
 
+from .real_sshd import SSHD
 from .test_remote import Remote, start, stop
-from .test_ssh import ME, SSHD, free_port, start_sshd, wait_for
+from .test_ssh import ME, free_port, start_sshd, wait_for
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
 TOOLS = ("sh", "cat", "uptime", "nproc", "df", "uname", "date", "head", "rm")

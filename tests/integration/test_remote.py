@@ -33,7 +33,8 @@ from offloadd.place.place import Place
 from offloadd.place.probe import exchange_file, far_side_program, probe_ssh
 from offloadd.place.remote import open_remote_place
 
-from .test_ssh import SSHD, end_children, free_port, wait_for
+from .real_sshd import SSHD, find_sshd
+from .test_ssh import end_children, free_port, wait_for
 
 pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
 ROOT = os.geteuid() == 0
@@ -65,7 +66,6 @@ def make_key(path: Path) -> Path:
 
 def start(folder: Path, user: str, home: Path, *settings: str) -> Remote:
     """An sshd that lets `user` in, with its own home directory."""
-    assert SSHD is not None
     for name in ("host", "client"):
         if not (folder / name).exists():
             make_key(folder / name)
@@ -77,10 +77,10 @@ def start(folder: Path, user: str, home: Path, *settings: str) -> Remote:
         f"PermitRootLogin prohibit-password\nLogLevel VERBOSE\nSetEnv HOME={home} PATH={path}\n"
         + "".join(f"{words}\n" for words in settings if not words.startswith("PATH="))
     )
-    if ROOT:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where Debian's sshd separates privileges
     with (folder / "sshd.log").open("ab") as log:
-        process = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(
+            [find_sshd(), "-D", "-e", "-f", folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log
+        )
     wait_for(port)
     machine = SshMachine(
         kind="ssh",

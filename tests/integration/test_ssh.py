@@ -28,7 +28,8 @@ from offloadd.guest import ssh
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root
 from offloadd.guest.ssh import Guest, open_ssh
 
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+from .real_sshd import SSHD, find_sshd
+
 pytestmark = pytest.mark.skipif(SSHD is None, reason="openssh-server is not installed")
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -45,7 +46,6 @@ class Server:
 
 
 def start_sshd(folder: Path, secrets: SecretRoot, port: int) -> subprocess.Popen[bytes]:
-    assert SSHD is not None
     etc = secrets.root / "etc/ssh"
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\n"
@@ -55,11 +55,9 @@ def start_sshd(folder: Path, secrets: SecretRoot, port: int) -> subprocess.Popen
         "PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         "PermitRootLogin prohibit-password\nLogLevel VERBOSE\n"
     )
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where Debian's sshd separates privileges
     log = (folder / "sshd.log").open("ab")
     with log:
-        return subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log)
+        return subprocess.Popen([find_sshd(), "-D", "-e", "-f", folder / "sshd_config"], stdin=subprocess.DEVNULL, stderr=log)
 
 
 def free_port() -> int:
