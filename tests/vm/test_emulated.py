@@ -150,9 +150,9 @@ async def test_builds_in_an_environment_that_is_plugged_in(system: str, short: P
         # Twice: a disk that is taken away makes room for the next.
         for _ in range(2):
             report, log = await build(
-                instance, agent, system, short, "dpkg --print-architecture; date -u +%F", "cat /proc/cpuinfo >made"
+                instance, agent, system, short, "dpkg --print-architecture; date -u +%F; nproc", "cat /proc/cpuinfo >made"
             )
-            assert log == f"{SYSTEMS[system].debian}\n2013-06-01\n"
+            assert log == f"{SYSTEMS[system].debian}\n2013-06-01\n{instance.record.plan.cpu_count}\n"
             assert report.exit_status == 0
             assert seen in report.started["cpu"]
             assert report.clock_start == pytest.approx(DATE.timestamp(), abs=5)

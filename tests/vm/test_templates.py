@@ -131,6 +131,14 @@ def test_a_template_that_is_damaged_while_the_daemon_has_it(own: World, tmp_path
     assert (record["guest"], record["state"], ANEW in told) == ("clone", "succeeded", False)
 
 
+@pytest.mark.parametrize(("template", "guest"), [("true", "clone"), ("false", "boot")])
+def test_all_processors_are_there_when_a_build_begins(own: World, tmp_path: Path, template: str, guest: str) -> None:
+    """An emulated kernel begins with one of them."""
+    own.machine(f"several-{guest}", f"cpu-count: 4\nmemory-size: 512\ntemplate: {template}\n")
+    record, _ = build(own, tmp_path / "out", "--machine", f"several-{guest}", step='test "$(nproc)" = 4')
+    assert (record["guest"], record["state"]) == (guest, "succeeded")
+
+
 def test_a_machine_that_wants_none(own: World, tmp_path: Path, digest: str) -> None:
     own.machine("plain", SMALL + "template: false\n")
     before = set(templates(own))
