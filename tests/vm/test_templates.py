@@ -58,7 +58,7 @@ def digest(own: World, tmp_path: Path) -> str:
     """Of the template of `small`, which is whole."""
     record, _ = build(own, tmp_path / "prepared")
     assert record["guest"] == "clone"
-    wanted = {"cpu": record["cpu"], "memory_mib": 512, "options": []}
+    wanted = {"cpu": record["cpu"], "cpu_count": 2, "memory_mib": 512, "options": []}
     facts = {digest: json.loads((folder / MANIFEST).read_text())["facts"] for digest, folder in templates(own).items()}
     [found] = [digest for digest, made_of in facts.items() if wanted == {name: made_of[name] for name in wanted}]
     return found
