@@ -220,7 +220,7 @@ def _add_images(api: FastAPI, service: Service) -> None:
         library.image(name)
 
         async def work(progress: Progress) -> dict[str, Any]:
-            return (await shop.image(library, name, progress, rebuild=rebuild)).to_json()
+            return (await service.build_image(library, name, progress, rebuild=rebuild)).to_json()
 
         return _stream(service, work)
 

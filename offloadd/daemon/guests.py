@@ -43,7 +43,7 @@ from offloadd.vm.record import Purpose
 
 Origin = Literal["boot", "clone", "warm"]
 
-NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError)
+NO_CLONE = (BootError, MachineLostError, AgentError, ProtocolError, ImageError)
 """What a clone that did not come to life ends with; a boot is tried then."""
 
 KEEP_TEMPLATES_S = 30 * 24 * 3600.0

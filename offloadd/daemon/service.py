@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from offloadd.builder.archive import Archive
+from offloadd.config.library import Library
 from offloadd.daemon.adoption import Adoption
 from offloadd.daemon.builds import Builds
 from offloadd.daemon.dispatch import Dispatcher
@@ -27,9 +28,11 @@ from offloadd.daemon.survey import Survey
 from offloadd.daemon.templates import collect_templates
 from offloadd.daemon.workshop import Workshop, open_workshop
 from offloadd.errors import ConfigError, NotAllowedError, NotFoundError, OffloadError
+from offloadd.image.store import Image
 from offloadd.model.quantity import parse_date
 from offloadd.model.recipe import DEFAULT_SUITE
 from offloadd.paths import Paths
+from offloadd.process import Progress
 from offloadd.vm.record import read_records
 
 DRAIN_S = 10.0
@@ -128,8 +131,24 @@ class Service:
                 user = record.plan.instance
                 hint = f"offload vm stop {user}" if record.purpose == "machine" else "wait for the build, or cancel it"
                 raise NotAllowedError(f"{user} runs on it", subject=name, hint=hint)
+        await self._remove_templates(chosen)
+
+    async def build_image(self, library: Library, name: str, progress: Progress, *, rebuild: bool) -> Image:
+        """The image, made when it is missing, or anew with `rebuild`: what was made of the one before is given up.
+
+        Raises:
+            HostError, ImageError, NotFoundError: as `Workshop.image`.
+        """
+        image = await self.workshop.image(library, name, progress, rebuild=rebuild)
+        if rebuild:
+            await self.pool.forget(images={image.digest})
+            await self._remove_templates({image.digest})
+        return image
+
+    async def _remove_templates(self, images: Collection[str]) -> None:
+        """Those of images with these digests."""
         templates = await trio.to_thread.run_sync(self.workshop.templates.list)
-        mine = [template.digest for template in templates if template.facts.get("image_digest") in chosen]
+        mine = [template.digest for template in templates if template.facts.get("image_digest") in images]
         await self.workshop.templates.remove_all(mine)
 
     async def collect_garbage(self) -> dict[str, Sequence[str]]:

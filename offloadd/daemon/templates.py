@@ -18,11 +18,12 @@ from offloadd.model.machine import VmMachine
 from offloadd.model.template import TemplateRequest
 from offloadd.plan.machine import DISKS_OF_A_CLONE, default_qemu, plan_for_build
 from offloadd.process import Progress
-from offloadd.template.key import machine_facts, template_key
+from offloadd.template.key import image_file, machine_facts, template_key
 from offloadd.template.load import Template
 
 _DIFFERENCES = {
     "image_digest": "made from an older image",
+    "image_file": "made from an older image",
     "image": "made from another image",
     "qemu": "saved by another QEMU",
     "qemu_file": "saved by another QEMU",
@@ -111,19 +112,22 @@ async def expected_facts(shop: Workshop, images: Iterable[object]) -> dict[str, 
     Machines that cannot be started, because QEMU is gone or a file of the image is, are left out.
     """
     library, wanted = shop.library(), set(images)
-    digests: dict[str, str] = {}
+    made_from: dict[str, tuple[str, list[int] | None]] = {}
     expected = {}
     for name, machine in library.vms.items():
         qemu = shutil.which(default_qemu(machine))
         if not machine.template or machine.image not in wanted or qemu is None:
             continue
         try:
-            if machine.image not in digests:
+            if machine.image not in made_from:
                 recipe = library.image(machine.image)
                 if isinstance(recipe, FileImage):
                     continue
-                digests[machine.image] = await shop.images.digest(recipe, library.folders[machine.image])
-            expected[name] = machine_facts(machine, digests[machine.image], Path(qemu))
+                digest = await shop.images.digest(recipe, library.folders[machine.image])
+                image = shop.images.find(digest)
+                made_from[machine.image] = digest, image_file(image.boot) if image else None
+            digest, file = made_from[machine.image]
+            expected[name] = machine_facts(machine, digest, Path(qemu)) | {"image_file": file}
         except (OffloadError, OSError):
             continue
     return expected

@@ -210,5 +210,22 @@ def _boot_files(directory: Path, manifest: Mapping[str, Any]) -> BootFiles:
         path = directory / disk_file.DISK
         return BootFiles(image=name, digest=digest, disk=path, disk_format=disk["format"], disk_size=int(disk["size"]))
     kernel, initramfs = directory / KERNEL, directory / INITRAMFS
-    size = int(manifest["files"][DISK]["size"])
-    return BootFiles(image=name, digest=digest, disk=directory / DISK, disk_size=size, kernel=kernel, initramfs=initramfs)
+    disk = directory / DISK
+    return BootFiles(
+        image=name,
+        digest=digest,
+        disk=disk,
+        disk_size=int(manifest["files"][DISK]["size"]),
+        disk_file=_file_state(disk),
+        kernel=kernel,
+        initramfs=initramfs,
+    )
+
+
+def _file_state(file: Path) -> tuple[int, int] | None:
+    """None when it is gone: `ImageStore.verify` tells."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_size, about.st_mtime_ns

@@ -50,6 +50,9 @@ class BootFiles:
     disk_format: DiskFormat = "raw"
     disk_size: int | None = None
     """Bytes, as the guest sees it; None: those of the file."""
+    disk_file: tuple[int, int] | None = None
+    """Size (bytes) and time of change (ns) of the file: an image that is made anew keeps its digest, but is another disk.  None
+    where no guest is saved."""
     kernel: Path | None = None
     """None: the disk has its own boot loader, which the firmware starts."""
     initramfs: Path | None = None

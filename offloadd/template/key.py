@@ -9,10 +9,10 @@ from typing import Any
 
 from offloadd.digest import json_digest
 from offloadd.model.machine import VmMachine
-from offloadd.plan.machine import VmPlan
+from offloadd.plan.machine import BootFiles, VmPlan
 from offloadd.plan.target import find_target
 
-FORMAT = 5
+FORMAT = 6
 """Raised when templates that were made before are of no use any more."""
 DATE = datetime(1970, 1, 2, tzinfo=UTC)
 """That of every template: a clone's clock is set, and its boot left no file that is newer than what is built in it."""
@@ -37,6 +37,7 @@ def template_key(plan: VmPlan) -> TemplateKey:
         "format": FORMAT,
         "image": plan.boot.image,
         "image_digest": plan.boot.digest,
+        "image_file": image_file(plan.boot),
         "qemu": plan.qemu.binary,
         "qemu_version": plan.qemu.version,
         # A package's security update may keep the version.
@@ -56,10 +57,16 @@ def template_key(plan: VmPlan) -> TemplateKey:
     return TemplateKey(digest=json_digest(facts), facts=facts)
 
 
+def image_file(boot: BootFiles) -> list[int] | None:
+    """Which disk a guest was saved on: to go on with another one below, be it of the same recipe, would ruin its files."""
+    return None if boot.disk_file is None else list(boot.disk_file)
+
+
 def machine_facts(machine: VmMachine, image_digest: str, qemu: Path) -> dict[str, Any]:
     """What every template that serves `machine` is made of.
 
-    The rest is not the machine's own: date and CPU are the build's, and the accelerator is found when something is booted.
+    The rest is not the machine's own: date and CPU are the build's, the accelerator is found when something is booted, and the
+    disk's file is the image's.
 
     Args:
         qemu: its binary, or a link to it.

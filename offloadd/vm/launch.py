@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offloadd.errors import HostError
+from offloadd.errors import HostError, ImageError
 from offloadd.plan.argv import InstanceFiles, MemoryFds, QemuFds, qemu_argv
 from offloadd.plan.machine import VmPlan
 from offloadd.spare_user import find_spare_user
@@ -41,6 +41,7 @@ def launch(plan: VmPlan, files: InstanceFiles, memory: Memory = None) -> QemuPro
         memory: None: to boot; else what the guest goes on from, or where it will be saved.
     Raises:
         HostError: a program is missing, a file cannot be made; another machine writes to the disk.
+        ImageError: the image was made anew since it was planned, and is not the one of `memory`.
     """
     try:
         write_overlay(files.disk, plan.boot.disk_size or plan.boot.disk.stat().st_size)
@@ -85,8 +86,11 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: M
             return fd
 
         boot = plan.boot
+        base = open_file(boot.disk, os.O_RDONLY) if plan.volatile else None
         given: MemoryFds | None = None
         if memory is not None:
+            if base is not None and boot.disk_file is not None:
+                _check_same(base, boot.disk_file, plan.instance)
             # Anybody may open a memory file; what may be done with it says its seal.
             given = MemoryFds(
                 ram=open_file(_again(memory.ram), os.O_RDONLY),
@@ -100,7 +104,7 @@ def _opened(plan: VmPlan, files: InstanceFiles, user: QemuUser | None, memory: M
             console=stack.enter_context(_listen(files.console, plan.instance)).fileno(),
             console_log=open_file(files.console_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
             disk=overlay if plan.volatile else stack.enter_context(_open_own(plan)),
-            base=open_file(boot.disk, os.O_RDONLY) if plan.volatile else None,
+            base=base,
             agent=stack.enter_context(_listen(files.agent, plan.instance)).fileno() if boot.has_agent else None,
             kernel=open_file(boot.kernel, os.O_RDONLY) if boot.kernel else None,
             initramfs=open_file(boot.initramfs, os.O_RDONLY) if boot.initramfs else None,
@@ -125,6 +129,12 @@ def _open_own(plan: VmPlan) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _check_same(disk: int, planned: tuple[int, int], instance: str) -> None:
+    about = os.fstat(disk)
+    if (about.st_size, about.st_mtime_ns) != planned:
+        raise ImageError("its image was made anew in the meantime", subject=instance, hint="try again")
 
 
 def _again(fd: int) -> Path:

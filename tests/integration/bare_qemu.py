@@ -56,7 +56,15 @@ class Bench:
     def plan(self, code: bytes = HALT, name: str = "m") -> VmPlan:
         path = self.root / f"{name}-vmlinuz"
         path.write_bytes(kernel(code))
-        boot = BootFiles(image="i", digest="d", kernel=path, initramfs=self.root / "initramfs", disk=self.root / "root.ext4")
+        disk = self.root / "root.ext4"
+        boot = BootFiles(
+            image="i",
+            digest="d",
+            kernel=path,
+            initramfs=self.root / "initramfs",
+            disk=disk,
+            disk_file=(disk.stat().st_size, disk.stat().st_mtime_ns),
+        )
         return VmPlan(
             machine=name,
             instance=name,

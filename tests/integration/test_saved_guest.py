@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from offloadd.errors import BootError, MachineLostError
+from offloadd.errors import BootError, ImageError, MachineLostError
 from offloadd.plan.machine import VmPlan
 from offloadd.vm.instance import Instance
 from offloadd.vm.memory import SavedGuest, Saving, open_memory, read_memory, seal_memory
@@ -228,3 +228,23 @@ def memory_of(pid: int) -> list[str]:
         else:
             parts.append(line)
     return parts
+
+
+async def test_none_goes_on_above_a_disk_that_was_made_anew(bench: Bench, saved: SavedGuest) -> None:
+    plan = clone(bench, 1)
+    made = bench.root / "made"
+    made.write_bytes(plan.boot.disk.read_bytes())
+    made.rename(plan.boot.disk)
+    with pytest.raises(ImageError, match=r"^clone-1: its image was made anew in the meantime$"):
+        async with bench.open_paused(plan, saved):
+            pass
+    ram = open_memory("ram", plan.memory_mib << 20)
+    try:
+        with pytest.raises(ImageError, match="made anew"):
+            async with bench.open_paused(plan, Saving(ram=ram)):
+                pass
+    finally:
+        os.close(ram)
+    # To boot from it is no mistake.
+    async with bench.open(plan) as instance:
+        await wait_for_console(instance, "up")

@@ -56,7 +56,7 @@ ELSEWHERE = {"boot", "qemu"}
 def test_each_field_of_a_plan_is_thought_of() -> None:
     assert {field.name for field in fields(VmPlan)} == set(CHANGES) | set(NO_MATTER) | ELSEWHERE
     of_disk = {"disk", "disk_format", "disk_size"}
-    assert {field.name for field in fields(BootFiles)} == of_disk | {"image", "digest", "kernel", "initramfs"}
+    assert {field.name for field in fields(BootFiles)} == of_disk | {"image", "digest", "disk_file", "kernel", "initramfs"}
     assert {field.name for field in fields(QemuFacts)} == {"binary", "version", "cpu_models", "accelerator", "tsc_khz"}
 
 
@@ -72,11 +72,12 @@ def test_what_does_not(whole: VmPlan, name: str) -> None:
     assert template_key(replace(whole, **{name: NO_MATTER[name]})) == template_key(whole)
 
 
-def test_the_image_is_known_by_its_digest(whole: VmPlan) -> None:
+def test_the_image_is_known_by_its_digest_and_its_file(whole: VmPlan) -> None:
     other = replace(BOOT, kernel=Path("/elsewhere/vmlinuz"), initramfs=Path("/elsewhere/i"), disk=Path("/elsewhere/d"))
     assert template_key(replace(whole, boot=other)) == template_key(whole)
-    for change in ({"digest": "abd"}, {"image": "other"}):
-        assert template_key(replace(whole, boot=replace(BOOT, **change))).digest != template_key(whole).digest  # type: ignore[arg-type]
+    # The same recipe made anew has other files in other places of the disk.
+    for change in ({"digest": "abd"}, {"image": "other"}, {"disk_file": (1, 2)}):
+        assert template_key(replace(whole, boot=replace(BOOT, **change))).digest != template_key(whole).digest
 
 
 @pytest.mark.parametrize("change", [{"version": "7.2.23"}, {"accelerator": "kvm"}, {"tsc_khz": 2600000}])

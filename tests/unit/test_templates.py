@@ -20,7 +20,7 @@ from offloadd.template.store import TemplateStore
 
 from .plans import day, facts, machine, plan
 
-THE_BUILDS = {"cpu", "accelerator", "host_cpu", "qemu_version", "disk_slots"}
+THE_BUILDS = {"cpu", "accelerator", "host_cpu", "qemu_version", "disk_slots", "image_file"}
 """What a machine's file does not decide, or what its QEMU's file says as well."""
 
 
@@ -91,6 +91,7 @@ def test_why_a_template_is_stale(qemu: Path) -> None:
 
     assert why() == ""
     assert why(image_digest="def") == "made from an older image"
+    assert why(image_file=[1, 2]) == "made from an older image"
     assert why(qemu_file=[1, 2]) == "saved by another QEMU"
     assert why(format=99, memory_mib=1) == "made by another version of offload"
     assert why(memory_mib=1) == "the machine has another memory-size now"
