@@ -37,6 +37,7 @@ from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress
 from offloadd.template.freeze import Workbench, freeze
 from offloadd.template.key import TemplateKey, plan_template, template_key
+from offloadd.unchanged import Signature
 from offloadd.vm.instance import Instance, open_instance, open_paused_instance
 from offloadd.vm.memory import SavedGuest
 from offloadd.vm.record import Purpose
@@ -64,8 +65,8 @@ class FreshGuest:
     instance: Instance
     agent: Agent
     origin: Origin
-    environment: Path | None = None
-    """Its disk, which the guest has mounted at `place.vm.MOUNTED`; None: none."""
+    mounted: Signature = ()
+    """The disk of an environment that it shows at `place.vm.MOUNTED`, as it was then; empty: none."""
     why_booted: str = ""
     """Why it is no clone, where it should have been one."""
 

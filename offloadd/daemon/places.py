@@ -90,7 +90,7 @@ class Places:
             if guest.why_booted:
                 active.result["why_booted"] = guest.why_booted
             active.tell(f"{_ORIGINS[guest.origin]} of {machine.name} at {format_date(plan.date)} on {plan.cpu}")
-            placed = open_in_guest(guest.instance, guest.agent, environment.path, own=True, mounted=guest.environment)
+            placed = open_in_guest(guest.instance, guest.agent, environment.path, own=True, mounted=guest.mounted)
             async with placed as place:
                 yield place
 

@@ -28,6 +28,7 @@ from offloadd.place.warm_up import warm_up
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress, silent
 from offloadd.template.key import plan_template, template_key
+from offloadd.unchanged import Signature, sign
 from offloadd.vm.instance import Instance, while_running
 
 LOOK_S = 2.0
@@ -331,19 +332,20 @@ async def _warm(guest: FreshGuest, environment: Path) -> FreshGuest:
     await instance.let_go()
     await wake(instance, agent, lambda text: None)
     async with while_running(instance, BootError):
-        shown = await _show(guest, environment)
-        await warm_up(agent, MOUNTED if shown else None)
+        mounted = await _show(guest, environment)
+        await warm_up(agent, MOUNTED if mounted else None)
     await instance.pause()
-    return replace(guest, origin="warm", environment=shown)
+    return replace(guest, origin="warm", mounted=mounted)
 
 
-async def _show(guest: FreshGuest, environment: Path) -> Path | None:
-    """Have the guest mount the environment's disk; None when that is gone."""
+async def _show(guest: FreshGuest, environment: Path) -> Signature:
+    """Have the guest mount the environment's disk; empty when that is gone."""
+    disk = sign([environment])
     try:
         await mount_environment(guest.instance, guest.agent, environment)
     except HostError:
-        return None
-    return environment
+        return ()
+    return disk
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from offloadd.guest.agent import Agent, AgentProcess
 from offloadd.model.quantity import format_date
 from offloadd.nursery import open_narrow_nursery
 from offloadd.place.place import Place
+from offloadd.unchanged import Signature, sign
 from offloadd.vm.instance import Instance, while_running
 
 MOUNTED = "/run/offload/environment"
@@ -55,12 +56,12 @@ async def mount_environment(instance: Instance, agent: Agent, environment: Path)
 
 @asynccontextmanager
 async def open_in_guest(
-    instance: Instance, agent: Agent, environment: Path, *, own: bool, mounted: Path | None = None
+    instance: Instance, agent: Agent, environment: Path, *, own: bool, mounted: Signature = ()
 ) -> AsyncIterator[Place]:
     """A place in a guest that runs, with the environment's disk plugged in.
 
     Args:
-        mounted: the disk that the guest shows at MOUNTED already.
+        mounted: the disk that the guest shows at MOUNTED already; an environment that was made anew is another one.
         own: the guest was booted for this build alone, so that its clock is ours to set.
     Raises:
         MachineLostError: the instance ended under the build.
@@ -71,7 +72,7 @@ async def open_in_guest(
     disks = GuestDisks(instance)
     async with while_running(instance, MachineLostError):
         try:
-            serial = MOUNTED if mounted == environment else await disks.attach(environment)
+            serial = MOUNTED if mounted and mounted == sign([environment]) else await disks.attach(environment)
             yield Place(
                 run=partial(run_build, GuestService(agent)),
                 environment=serial,

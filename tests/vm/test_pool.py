@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from offloadd.daemon.pool import Pool, WaitingClone, open_pool
 from offloadd.daemon.workshop import open_workshop
 from offloadd.model.machine import VmMachine
 from offloadd.paths import Paths
-from offloadd.place.vm import MOUNTED
+from offloadd.place.vm import MOUNTED, open_in_guest
 from offloadd.plan.machine import VmPlan, plan_for_build
 from offloadd.process import silent
+from offloadd.unchanged import sign
 from offloadd.vm.footprint import private_memory
 from tests.conftest import World
 from tests.vm.test_build import wait_for
@@ -205,19 +208,37 @@ async def test_what_waits_has_the_last_environment_mounted(pooled: World) -> Non
     async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
         await bench.use(pool)
         guest = (await until_one_waits(pool)).guest
-        assert guest.environment == bench.environment
+        assert guest.mounted == sign([bench.environment])
 
         # It is taken with it; the next one waits without, as that disk is gone.
         bench.environment = bench.root / "gone.squashfs"
         opened = pool.open(bench.plan_for("build-m"), bench.machine, bench.environment, silent, logs=bench.root / "logs")
         async with opened as taken:
-            assert (taken.instance, taken.environment) == (guest.instance, guest.environment)
+            assert (taken.instance, taken.mounted) == (guest.instance, guest.mounted)
             status, told = await taken.agent.run("/bin/sh", "-c", f"grep {MOUNTED} /proc/mounts && ls {MOUNTED}")
             assert status == 0
             assert b" squashfs ro," in told
             assert b"usr" in told.split()
-        assert (await until_one_waits(pool)).guest.environment is None
+        assert (await until_one_waits(pool)).guest.mounted == ()
         assert await bench.use(pool) == "warm"
+
+
+async def test_what_waits_with_an_environment_that_was_made_anew(pooled: World) -> None:
+    async with open_bench(pooled) as bench, open_pool(bench.guests, lambda: bench.memory) as pool:
+        environment = bench.root / "root.squashfs"
+        shutil.copyfile(bench.environment, environment)
+        bench.environment = environment
+        await bench.use(pool)
+        await until_one_waits(pool)
+        opened = pool.open(bench.plan_for("build-a"), bench.machine, environment, silent, logs=bench.root / "logs")
+        async with opened as guest:
+            shown = partial(open_in_guest, guest.instance, guest.agent, environment, own=True, mounted=guest.mounted)
+            async with shown() as place:
+                assert place.environment == MOUNTED
+            shutil.copyfile(environment, bench.root / "anew")
+            (bench.root / "anew").rename(environment)
+            async with shown() as place:
+                assert place.environment != MOUNTED
 
 
 async def test_a_removed_image_or_template_ends_those_that_wait(pooled: World) -> None:
