@@ -39,6 +39,10 @@ STALLED = "kthread timer wakeup didn't happen"
 """What Linux's RCU prints (kernel/rcu/tree_stall.h) when a processor has stood idle for 21 s beside a timer that ran out: no
 interrupts of its timer come any more.  Seen twice under TCG, before its kernels booted on one processor (`plan/argv.py`)."""
 STALL_CHECK_S = 1.0
+_NO_TIME = 1 << 40
+"""Seconds that no clock shows."""
+_LATE_S = 1.0
+"""After which a clock that a guest was told at its start is told again."""
 
 
 async def boot_twice(boot: Callable[[], Awaitable[T]], tell: Phase) -> T:
@@ -132,6 +136,8 @@ async def _personalize(instance: Instance, agent: Agent, phase: Phase | None) ->
     if phase:
         await greet(instance, agent, phase)
     check_clock(await agent.answer("identify", asked), moment, agent.machine)
+    if record.clock() - moment > _LATE_S:
+        await set_clock(agent, record.clock())
 
 
 async def set_clock(agent: Agent, moment: float) -> None:
@@ -145,13 +151,16 @@ async def set_clock(agent: Agent, moment: float) -> None:
 
 def check_clock(said: dict[str, object], moment: float, machine: str) -> None:
     """AgentError: an answer does not have that clock in it."""
-    clock, uptime = said.get("clock"), said.get("uptime", 0.0)
-    # What JSON gives is also NaN, which is not near anything, and numbers that no float holds.
-    numbers = type(clock) in (int, float) and type(uptime) in (int, float)
+    clock, uptime = _seconds(said.get("clock")), _seconds(said.get("uptime", 0.0))
     # Next to 1970 it shows how long the guest has run.
-    latest = max(moment, uptime) + CLOCK_TOLERANCE_S if numbers else 0  # type: ignore[call-overload]
-    if not numbers or not moment - CLOCK_TOLERANCE_S <= clock <= latest:  # type: ignore[operator]
-        raise AgentError(f"its clock does not show what it was set to, but {repr(clock)[:50]}", subject=machine)
+    latest = None if uptime is None else max(moment, uptime) + CLOCK_TOLERANCE_S
+    if clock is None or latest is None or not moment - CLOCK_TOLERANCE_S <= clock <= latest:
+        raise AgentError(f"its clock does not show what it was set to, but {repr(said.get('clock'))[:50]}", subject=machine)
+
+
+def _seconds(said: object) -> float | None:
+    """None where no clock shows it: what JSON gives is also NaN, and numbers that no float holds."""
+    return said if isinstance(said, int | float) and not isinstance(said, bool) and 0 <= said < _NO_TIME else None
 
 
 async def install_secrets(agent: Agent, root: Path, *, without: str | None = None) -> None:

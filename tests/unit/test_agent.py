@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,18 @@ def test_a_clock_that_is_none(clock: str) -> None:
     check_clock({"clock": 1e6 + 119}, 1e6, "vm")
 
 
+@pytest.mark.parametrize("uptime", ["NaN", "Infinity", "1" * 400, "-1", "true", "null", '"x"'])
+def test_an_uptime_that_is_none(uptime: str) -> None:
+    with pytest.raises(AgentError, match="its clock does not show"):
+        check_clock(json.loads(f'{{"clock": 5.0, "uptime": {uptime}}}'), 5.0, "vm")
+
+
+def test_next_to_1970_a_clock_shows_how_long_its_guest_has_run() -> None:
+    check_clock({"clock": 500.0, "uptime": 499.0}, 5.0, "vm")
+    with pytest.raises(AgentError):
+        check_clock({"clock": 500.0, "uptime": 300.0}, 5.0, "vm")
+
+
 # What breaks the connection
 
 
@@ -323,6 +335,30 @@ async def test_a_guest_that_reads_nothing() -> None:
 
 
 # Streams
+
+
+async def test_a_flood_from_a_guest_that_reads_nothing() -> None:
+    """What is given back to its window is not piled up for it: it has sent more than it was told to."""
+    async with connected(lockstep=True) as (agent, peer), trio.open_nursery() as nursery:
+        sent = 0
+
+        async def take() -> None:
+            async with agent.open_process("chatter") as process:
+                with pytest.raises(ProtocolError, match="more output than was asked for"):
+                    while await process.receive_error():
+                        pass
+
+        async def flood(channel: int) -> None:
+            nonlocal sent
+            with suppress(trio.BrokenResourceError):
+                while sent < 100 * WINDOW:
+                    await peer.say(encode(b"E", channel, bytes(MAX_PAYLOAD)))
+                    sent += MAX_PAYLOAD
+
+        nursery.start_soon(take)
+        channel, _ = await peer.heard(b"R")
+        await flood(channel)
+        assert sent <= 2 * WINDOW
 
 
 async def test_input_goes_as_far_as_the_window() -> None:

@@ -38,6 +38,8 @@ class AgentProcess:
         """Bytes that the guest has sent and that we have not given back to its window."""
         self._taken = 0
         """Of these, what somebody has taken."""
+        self._given: trio.Event | None = None
+        """Set when the last that was given back has left for the guest."""
         self._room = WINDOW
         """Bytes that the guest takes from us."""
         self._dropped = False
@@ -168,12 +170,13 @@ class AgentProcess:
         data = bytes(buffer)
         buffer.clear()
         self._taken += len(data)
-        # Not for each piece: a frame for the guest costs it as much as many bytes.
-        if self._taken >= WINDOW // 4 and not self.ended:
+        # Not for each piece: a frame for the guest costs it as much as many bytes.  And one after the other: a guest that sends
+        # without a pause and reads nothing must not have them pile up here.
+        if self._taken >= WINDOW // 4 and not self.ended and (self._given is None or self._given.is_set()):
             size, self._taken = self._taken, 0
             self._under_way -= size
             # Without waiting: who is cancelled there would lose the data.
-            self._line.post(encode(b"W", self.channel, size.to_bytes(4, "big")))
+            self._given = self._line.post(encode(b"W", self.channel, size.to_bytes(4, "big")))
         return data
 
     def _check(self) -> None:
