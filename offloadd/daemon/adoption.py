@@ -15,6 +15,7 @@ from offloadd.guest.open import open_by_ssh
 from offloadd.guest.secret_root import SecretRoot, find_secret_root
 from offloadd.model.machine import VmMachine
 from offloadd.model.state import MachineState
+from offloadd.vm.home import drop_old_logs, log_folder
 from offloadd.vm.instance import Instance, adopt_instance
 from offloadd.vm.record import InstanceRecord, read_record
 
@@ -54,7 +55,7 @@ class Adoption:
     async def _go_on(self, running: RunningMachine, directory: Path, record: InstanceRecord) -> Instance:
         """Until the end of the instance that the earlier daemon started."""
         running.secrets = self._secrets_of(running.name)
-        logs = self.machines.log_folder(running.name)
+        logs = log_folder(self.shop.paths.logs / running.name)
         async with adopt_instance(directory, logs=logs, bridge=self.shop.bridge) as running.instance:
             if running.instance is None:
                 raise MachineLostError("ended while no daemon ran", subject=running.name)
@@ -93,7 +94,9 @@ class Adoption:
             return None
 
     async def _end_left(self, directory: Path) -> None:
-        logs = self.shop.paths.logs / "lost" / directory.name
+        lost = self.shop.paths.logs / "lost"
+        drop_old_logs(lost)
+        logs = lost / directory.name
         try:
             async with adopt_instance(directory, logs=logs, bridge=self.shop.bridge):
                 log.info("ended what an earlier daemon left", instance=directory.name)

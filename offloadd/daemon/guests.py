@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,7 @@ from offloadd.process import Progress
 from offloadd.template.freeze import Workbench, freeze
 from offloadd.template.key import TemplateKey, plan_template, template_key
 from offloadd.unchanged import Signature
+from offloadd.vm.home import log_folder
 from offloadd.vm.instance import Instance, open_instance, open_paused_instance
 from offloadd.vm.memory import SavedGuest
 from offloadd.vm.record import Purpose
@@ -51,6 +51,9 @@ KEEP_TEMPLATES_S = 30 * 24 * 3600.0
 """Templates of which nobody made a guest for this long are dropped,"""
 MAX_TEMPLATES = 60
 """and those used longest ago where there are more; each takes some 150 MB."""
+
+REFUSED_S = 3600.0
+"""Until a guest that QEMU could not save is tried again: it may have been the host, short of something for a moment."""
 
 REBOOT_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Before a childhurd that rebooted instead of taking its secrets is started again, each time."""
@@ -136,8 +139,8 @@ class Guests:
     """Makes them."""
 
     shop: Workshop
-    _refused: dict[str, str] = field(default_factory=dict)
-    """Templates that QEMU cannot save, and why."""
+    _refused: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Templates that QEMU cannot save: why, and when it was tried."""
 
     @asynccontextmanager
     async def open(
@@ -237,13 +240,14 @@ class Guests:
     async def _try_clone(self, stack: AsyncExitStack, plan: VmPlan, tell: Progress, start: _Start) -> FreshGuest | str:
         """A clone, or why there can be none."""
         key = template_key(plan)
-        if key.digest in self._refused:
-            return f"no template: {self._refused[key.digest]}"
+        why, tried = self._refused.get(key.digest, ("", 0.0))
+        if why and trio.current_time() - tried < REFUSED_S:
+            return f"no template: {why}"
         async with AsyncExitStack() as attempt:
             try:
                 saved = await attempt.enter_async_context(self.template(plan, tell))
             except UnsavableError as exc:
-                self._refused[key.digest] = exc.what
+                self._refused[key.digest] = exc.what, trio.current_time()
                 return f"no template: {exc}"
             except (MachineLostError, AgentError, ProtocolError, ImageError, HostError) as exc:
                 return f"no template: {exc}"
@@ -278,8 +282,7 @@ class Guests:
     async def _make(self, plan: VmPlan, key: TemplateKey, tell: Progress, directory: Path) -> None:
         shop, name = self.shop, f"template-{key.digest[:12]}"
         with shop.cores.share(plan.cpu_count) as cores:
-            began = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-            logs = shop.paths.logs / plan.machine / f"{began}-template"
+            logs = log_folder(shop.paths.logs / plan.machine, "-template")
             bench = Workbench(instances=shop.paths.instances, logs=logs, bridge=shop.bridge, cores=cores)
             try:
                 await freeze(plan_template(plan, name), key, bench, warm_up, directory, tell)
@@ -288,7 +291,10 @@ class Guests:
                 exc.subject = plan.machine
                 raise
         # Each date may want a CPU of its own: what was made once must not lie there for ever.
-        await shop.templates.drop_old(KEEP_TEMPLATES_S, MAX_TEMPLATES)
+        try:
+            await shop.templates.drop_old(KEEP_TEMPLATES_S, MAX_TEMPLATES)
+        except (OffloadError, OSError) as exc:  # that is no fault of the one that was made
+            log.warning("old templates stay", why=str(exc))
 
 
 def _reboots_always(last: RebootedError, machine: VmMachine) -> BootError:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import structlog
 import trio
@@ -27,6 +24,7 @@ from offloadd.model.state import MachineState
 from offloadd.nursery import open_narrow_nursery
 from offloadd.plan.machine import VmPlan
 from offloadd.process import Progress, host_error, silent
+from offloadd.vm.home import log_folder
 from offloadd.vm.instance import Instance
 
 LOST_S = 2.0
@@ -34,8 +32,6 @@ SYNC_S = 60.0
 """For a guest to write what its disk still lacks, which it has not written for half a minute at most."""
 SETTLED_S = 60.0
 """A guest that reboots sooner after it was ready may do that for ever."""
-KEPT_LOGS = 10
-"""Runs of a machine whose console logs are kept."""
 
 log = structlog.get_logger()
 
@@ -209,7 +205,7 @@ class Machines:
         if not plan.boot.has_agent:
             await self._own_bare(running, machine, plan)
             return
-        logs = self.log_folder(machine.name)
+        logs = log_folder(self._workshop.paths.logs / machine.name)
         async with self._guests.open(plan, machine, running.tell, logs=logs, purpose="machine") as guest:
             running.instance = guest.instance
             await self._open_to_users(running, guest.agent)
@@ -249,7 +245,7 @@ class Machines:
         """
         soon, again = 0, True
         while again:
-            logs = self.log_folder(machine.name)
+            logs = log_folder(self._workshop.paths.logs / machine.name)
             opened = self._guests.open_by_ssh(
                 plan, machine, running.tell, logs=logs, purpose="machine", booted=partial(setattr, running, "instance")
             )
@@ -328,10 +324,3 @@ class Machines:
             except ValueError as exc:
                 # A guest that powers off while we ask it to: both are true, the first to be seen stays.
                 log.warning("state not moved", machine=name, error=str(exc))
-
-    def log_folder(self, name: str) -> Path:
-        """For one run's logs; those of its oldest runs are dropped."""
-        folder = self._workshop.paths.logs / name
-        for old in sorted(folder.glob("*"))[: -KEPT_LOGS + 1]:
-            shutil.rmtree(old, ignore_errors=True)
-        return folder / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")

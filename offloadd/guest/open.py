@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 import trio
 
 from offloadd.bridge import Bridge
@@ -26,6 +27,8 @@ from offloadd.guest.ssh import Guest, check_host_key, open_ssh
 from offloadd.model.machine import SECRETS_PORT
 from offloadd.nursery import open_narrow_nursery
 from offloadd.vm.instance import Instance, while_running
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 Phase = Callable[[str], None]
@@ -54,6 +57,8 @@ async def boot_twice(boot: Callable[[], Awaitable[T]], tell: Phase) -> T:
     try:
         return await boot()
     except StalledError as exc:
+        # Its console's log makes room for that of the next.
+        log.warning("a guest has stalled", machine=exc.subject, console=exc.detail)
         tell(f"{exc}; booting it once more")
     return await boot()
 

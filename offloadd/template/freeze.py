@@ -82,6 +82,7 @@ async def _freeze(
             async with while_running(instance, BootError):
                 with trio.move_on_after(WARM_UP_S) as limit:
                     await personalize(instance, agent)
+                    await check_processors(agent, plan)
                     began = await _look(instance, agent)
                     await warm_up(agent)
                     await agent.run("/bin/sync")
@@ -96,6 +97,15 @@ async def _freeze(
         await trio.to_thread.run_sync(_write_manifest, key, plan.machine, directory)
     finally:
         os.close(ram)
+
+
+async def check_processors(agent: Agent, plan: VmPlan) -> None:
+    """AgentError: some do not run, as none would in any clone."""
+    _, said = await agent.run("/usr/bin/nproc")
+    # Options may have said another number to QEMU.
+    if said.strip() != b"%d" % plan.cpu_count and not plan.options:
+        found = said[:20].decode(errors="replace").strip()
+        raise AgentError(f"runs on {found} of its {plan.cpu_count} processors", subject=plan.machine)
 
 
 @dataclass(frozen=True, kw_only=True)

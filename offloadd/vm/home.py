@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from offloadd.errors import HostError
 from offloadd.plan.argv import InstanceFiles
+
+KEPT_LOGS = 10
+"""Runs of which the logs are kept."""
+
+
+def log_folder(runs: Path, kind: str = "") -> Path:
+    """A folder below `runs` for the logs of one run; those of the oldest runs of that kind are dropped."""
+    drop_old_logs(runs, f"*Z{kind}")
+    return runs / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}{kind}"
+
+
+def drop_old_logs(folder: Path, pattern: str = "*") -> None:
+    """Make room for one run more among those in `folder` whose names fit `pattern`."""
+    with suppress(OSError):  # somebody else drops them
+        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        for old in found[: -KEPT_LOGS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Home:

@@ -14,7 +14,7 @@ from offloadd.daemon.templates import check_wanted, has_template, why_stale
 from offloadd.errors import AgentError, NotFoundError, UsageError
 from offloadd.model.image import FileImage, ImageRecipe
 from offloadd.plan.machine import VmPlan, plan_for_build
-from offloadd.template.freeze import MANIFEST, Look, check_rate
+from offloadd.template.freeze import MANIFEST, Look, check_processors, check_rate
 from offloadd.template.key import machine_facts, template_key
 from offloadd.template.store import TemplateStore
 
@@ -152,6 +152,27 @@ def test_cpu_and_accelerator_are_the_builds(qemu: Path) -> None:
     assert one.digest != other.digest
     expected = {"m": machine_facts(machine(), "abc", qemu)}
     assert why_stale("m", one.facts, expected) == why_stale("m", other.facts, expected) == ""
+
+
+class Guest:
+    """Says how many processors it has."""
+
+    machine = "m"
+
+    def __init__(self, said: bytes) -> None:
+        self.said = said
+
+    async def run(self, program: str) -> tuple[int, bytes]:
+        assert program == "/usr/bin/nproc"
+        return 0, self.said
+
+
+async def test_a_guest_that_lacks_a_processor_is_not_saved(qemu: Path) -> None:
+    own = replace(build_plan(qemu), cpu_count=4)
+    await check_processors(Guest(b"4\n"), own)  # type: ignore[arg-type]
+    with pytest.raises(AgentError, match=r"^m: runs on 3 of its 4 processors$"):
+        await check_processors(Guest(b"3\n"), own)  # type: ignore[arg-type]
+    await check_processors(Guest(b"2\n"), replace(own, options=("-smp", "2")))  # type: ignore[arg-type]
 
 
 def look(clock: float, earliest: float, latest: float) -> Look:
