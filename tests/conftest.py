@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from offloadd.binfmt.status import find_usable, read_status
 from offloadd.host import native_systems
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parent.parent
 
+
+# An example that takes long says that the machine has much to do.
+settings.register_profile("offload", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("offload")
 
 # A run in the background, or under nohup, has these ignored, and all that it starts inherits that; tests send them.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -140,7 +145,7 @@ class World:
                 if f"XDG_STATE_HOME={self.root}/state" in environment.split("\0"):
                     found.append(pid)
         # What it starts looks like itself for a moment.
-        return [pid for pid in found if _parent(pid) not in found]
+        return [pid for pid in found if _parent(pid) not in (None, *found)]
 
     def assert_nothing_left(self) -> None:
         """No QEMU that works for somebody, no directory of one, no file of a build under way."""
@@ -168,11 +173,12 @@ class World:
         shutil.rmtree(self.root)
 
 
-def _parent(pid: int) -> int:
+def _parent(pid: int) -> int | None:
+    """None: it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
-        return 0
+        return None
 
 
 def _commands() -> Iterator[tuple[int, str]]:

@@ -37,8 +37,7 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setattr(accelerator, "PROBE_S", 1.0)
+def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
 
 
@@ -52,13 +51,12 @@ async def test_a_kernel_that_starts(host: Host) -> None:
 
 
 @pytest.mark.parametrize("script", ["exec sleep 60", "echo Linux; exec sleep 60", "exit 1", "echo no KVM >&2; exit 1"])
-async def test_a_device_that_exists_and_is_useless(host: Host, script: str) -> None:
+async def test_a_device_that_exists_and_is_useless(host: Host, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "PROBE_S", 1.0)
     host.says(script)
-    began = trio.current_time()
     verdict = await host.find()
     assert verdict.accelerator == "tcg"
     assert "printed nothing within" in verdict.reason
-    assert trio.current_time() - began < 5
 
 
 async def test_no_device(host: Host) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from offloadd.environment.recipe import environment_recipe
+from offloadd.environment.store import EnvironmentStore
 
 from .test_build_service import EMPTY, Session, exits, mark, processes_named, serve, tar_of, unpack, wait_until_gone
 from .test_local_service import CACHE
@@ -64,17 +66,17 @@ def way(request: pytest.FixtureRequest, places: Path) -> Iterator[Way]:
     folder.mkdir()
     (folder / "state").mkdir(mode=0o700)
     wrapper: tuple[str, ...] = ()
-    disk = CACHE / "environments" / environment_recipe("bookworm", "amd64").digest / "root.squashfs"
     environment = None
     if name != "spare":
         for path in (folder, folder / "state"):
             os.chown(path, NOBODY, NOBODY)
         wrapper = as_nobody(places / "ids")
     if name == "mapped":
-        if shutil.which("newuidmap") is None or not disk.exists():
-            pytest.skip("needs newuidmap, and the environment that test_local_service makes")
+        if shutil.which("newuidmap") is None:
+            pytest.skip("needs newuidmap")
         wrapper = (*wrapper, "unshare", "--user", "--map-auto", "--map-root-user", "--")
-        shutil.copy(disk, folder / "root.squashfs")
+        made = trio.run(EnvironmentStore(CACHE / "environments").ensure, environment_recipe("bookworm", "amd64"))
+        shutil.copy(made.path, folder / "root.squashfs")
         environment = str(folder / "root")
         argv = ["unsquashfs", "-no-progress", "-quiet", "-dest", environment, str(folder / "root.squashfs")]
         subprocess.run([*wrapper, *argv], check=True, stdout=subprocess.DEVNULL)

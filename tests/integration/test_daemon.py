@@ -526,6 +526,15 @@ def test_what_an_earlier_daemon_left_is_brought_to_rest(daemon: Daemon, wrong: s
         assert database.machine("gone").state is MachineState.CRASHED
 
 
+def wait_ended(client: Client, pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while client.answers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while Path(f"/proc/{pid}").exists() and "(python) Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_client_starts_a_daemon_when_none_answers(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in daemon.env.items():
         monkeypatch.setenv(name, value)
@@ -535,12 +544,7 @@ def test_the_client_starts_a_daemon_when_none_answers(daemon: Daemon, monkeypatc
         client.ensure_daemon()
         assert client.get("/v1/status")["pid"] == pid
         client.post("/v1/stop")
-        deadline = time.monotonic() + 20
-        while client.answers() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        while Path(f"/proc/{pid}").exists() and "(python) Z" not in Path(f"/proc/{pid}/stat").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_ended(client, pid)
 
 
 def test_the_client_starts_another_daemon_when_the_first_was_just_ending(
@@ -556,10 +560,9 @@ def test_the_client_starts_another_daemon_when_the_first_was_just_ending(
         ending.start()
         client.ensure_daemon()
         ending.join()
+        pid = client.get("/v1/status")["pid"]
         client.post("/v1/stop")
-        deadline = time.monotonic() + 20
-        while client.answers() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_ended(client, pid)
 
 
 def test_a_daemon_that_does_not_come_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ class StandIn:
     name = "vm"
 
     def __init__(self, socket: Path) -> None:
-        plan = SimpleNamespace(machine="vm", instance="vm", boot_timeout_s=1.5)
+        plan = SimpleNamespace(machine="vm", instance="vm", boot_timeout_s=20.0)
         self.files = SimpleNamespace(agent=socket)
         self.record = SimpleNamespace(plan=plan, ports={})
         self.outcome: Outcome | None = None
@@ -133,6 +133,7 @@ async def test_a_connection_that_breaks_because_the_guest_powers_off(served: Ser
 
 
 async def test_an_agent_that_does_not_come_again(served: Served) -> None:
+    served.stand_in.record.plan.boot_timeout_s = 1.0
     served.guest.kill()
     served.guest.disconnect()
     with trio.fail_after(10):

@@ -247,7 +247,7 @@ async def test_what_goes_on_in_the_background_ends_with_its_step(case: Case, pro
 async def test_nothing_is_left(case: Case, how: str, processes: Callable[[str], list[int]]) -> None:
     mark = f"9000.{secrets.randbelow(1 << 30)}"
     leaves = f"setsid sleep {mark} & " if (case.folder / "bin/setsid").exists() else ""
-    job = case.job(f"{leaves} sleep {mark} & echo begun; sleep {mark}", timeout_s=1.5 if how == "timeout" else 60.0)
+    job = case.job(f"{leaves} sleep {mark} & echo begun; sleep {mark}", timeout_s=5.0 if how == "timeout" else 60.0)
     caught: list[Exception] = []
 
     async def run() -> None:

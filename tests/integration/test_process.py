@@ -131,7 +131,7 @@ async def test_what_a_program_leaves_behind_is_ended() -> None:
 async def test_someone_in_another_session_does_not_keep_us() -> None:
     pids: list[str] = []
     with trio.fail_after(10):
-        await run_program(["sh", "-c", "setsid sh -c 'echo $$; sleep 30' & sleep 0.5"], on_line=pids.append)
+        await run_program(["sh", "-c", "setsid sh -c 'echo $$; sleep 30' & sleep 2"], on_line=pids.append)
     os.kill(int(pids[0]), 9)
 
 

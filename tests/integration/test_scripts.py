@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,10 +60,8 @@ def test_packages_all_there(programs: Path) -> None:
     be(programs, "root", 0)
     put_program(programs, "dpkg-query", ALL_INSTALLED)
     put_program(programs, "apt-get", "exit 99")
-    started = time.monotonic()
     done = run(["./install-host-packages"], programs)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - started < 1
 
 
 def test_packages_of_another_name(programs: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -83,8 +83,10 @@ def open_root() -> Iterator[Path]:
     cache = Cache(find_paths().cache / "interop", subject="chroot", durable=False)
     digest = json_digest(RECIPE)
     trio.run(cache.ensure, digest, _make_root)
-    with cache.hold(digest) as found:
-        assert found is not None
+    with ExitStack() as stack:
+        # Another run of the tests, which has just waited for the same one, may hold it for a moment.
+        while (found := stack.enter_context(cache.hold(digest))) is None:
+            time.sleep(0.1)
         # Those of earlier recipes, unless another run of the tests uses them.
         trio.run(cache.gc, [digest])
         yield found / "root"
@@ -205,11 +207,12 @@ class Node:
 
     def start_sshd(self, *authorized: str) -> str:
         """Start sshd with our guests' configuration on a port of its own; returns its host key, `ssh-ed25519 BASE64`."""
-        self.ssh_port = free_port()
         self.path("/run/sshd").mkdir(mode=0o755)
         self.install("/etc/ssh/sshd_config", (REPOSITORY / "images/guest/sshd_config").read_bytes())
         self.install(f"/etc/ssh/authorized_keys.d/{USER}", "".join(f"{key}\n" for key in authorized))
         self.run("ssh-keygen", "-A")
+        # Not before the keys, which take seconds: it is free for a moment only.
+        self.ssh_port = free_port()
         self.start("/usr/sbin/sshd", "-D", "-e", "-p", str(self.ssh_port), log="sshd")
         wait_until(lambda: "Server listening" in self.log("sshd"), f"sshd of {self.name}", self.logs)
         kind, key = self.path("/etc/ssh/ssh_host_ed25519_key.pub").read_text().split()[:2]

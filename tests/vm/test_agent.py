@@ -228,7 +228,7 @@ async def test_a_host_that_goes_away_in_the_middle(shop: Shop) -> None:
             # As when it is killed: nothing is said any more.
             guest.agent._fail(AgentError("killed"))
         async with open_guest(guest.instance, lambda _: None, adopted=True) as agent:
-            assert await shell(agent, "sleep 1; pgrep -x 'yes|cat' || echo none") == "none"
+            assert await shell(agent, "while pgrep -x 'yes|cat'; do sleep 1; done >/dev/null; echo none") == "none"
 
 
 async def test_power_off(shop: Shop) -> None:

@@ -81,7 +81,7 @@ def test_nothing_goes_on_from_a_template_above_an_image_that_was_made_anew(make_
     [old] = world.json("template", "list")
     assert (old["digest"], old["stale"]) == (after["digest"], "made from an older image")
     assert build("fourth") == ("clone", True)
-    world.run("image", "gc")
+    world.run("template", "gc")
     [new] = world.json("template", "list")
     assert new["digest"] != after["digest"]
     world.assert_nothing_left()

@@ -145,7 +145,7 @@ async def test_builds_in_an_environment_that_is_plugged_in(system: str, short: P
         boot_s = trio.current_time() - began
         assert instance.record.plan.cpu == model
         # The guest's own clock came up at the date: nobody has set it yet.
-        assert "offload-init: 2013-06-01T00:00:" in instance.files.console_log.read_text()
+        assert "offload-init: 2013-06-01T00:0" in instance.files.console_log.read_text()
 
         # Twice: a disk that is taken away makes room for the next.
         for _ in range(2):
