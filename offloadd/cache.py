@@ -90,15 +90,25 @@ class Cache:
         if found is not None and not again:
             return found
         try:
+            before = self._identify(digest)
             await trio.to_thread.run_sync(self._make_folders)
-            async with self._lock(digest, progress) as waited:
+            async with self._lock(digest, progress):
                 found = self.find(digest)
-                if found is not None and (waited or not again):
+                # Whoever had the lock may have made it, or only used what is there.
+                if found is not None and (not again or self._identify(digest) != before):
                     return found
                 await self.sweep(locked=digest)
                 return await self._make(digest, make)
         except OSError as exc:
             raise self._map(exc) from exc
+
+    def _identify(self, digest: str) -> tuple[int, int] | None:
+        """What tells the directory of `digest` from one that is made in its place; None: there is none."""
+        try:
+            about = (self.root / digest).stat()
+        except FileNotFoundError:
+            return None
+        return about.st_ino, about.st_ctime_ns
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[Path | None]:
@@ -207,15 +217,13 @@ class Cache:
             await remove_tree(removed)
 
     @asynccontextmanager
-    async def _lock(self, digest: str, progress: Progress) -> AsyncIterator[bool]:
-        """Hold the lock of `digest`; the value says whether somebody else had it before."""
-        waited = False
+    async def _lock(self, digest: str, progress: Progress) -> AsyncIterator[None]:
+        """Hold the lock of `digest`."""
         while (lock := self._try_lock(digest)) is None:
             progress(f"waiting for {self._owner(digest)} the same {self._subject}", None)
-            waited = True
             await trio.sleep(_LOCK_RETRY_S)
         try:
-            yield waited
+            yield
         finally:
             os.ftruncate(lock, 0)
             os.close(lock)

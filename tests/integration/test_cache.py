@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ async def test_again_replaces(cache: Cache) -> None:
     path = await cache.ensure(ONE, other, again=True)
     assert [file.name for file in path.iterdir()] == ["other"]
     assert list((cache.root / ".making").iterdir()) == []
+
+
+async def test_what_somebody_only_used_is_made_again_all_the_same(cache: Cache) -> None:
+    """Who waits for him has not waited for another maker: what he used may be damaged."""
+    before = (await cache.ensure(ONE, write_whole)).stat().st_ino
+    makers = 0
+
+    async def make(target: Path) -> None:
+        nonlocal makers
+        makers += 1
+        (target / "other").touch()
+
+    async with trio.open_nursery() as nursery:
+        with cache.hold(ONE):
+            for _ in range(2):
+                nursery.start_soon(partial(cache.ensure, ONE, make, again=True))
+            await trio.sleep(0.6)
+            assert makers == 0
+    path = cache.find(ONE)
+    assert path is not None
+    assert (makers, [file.name for file in path.iterdir()]) == (1, ["other"])
+    assert path.stat().st_ino != before
 
 
 async def test_a_failed_make_leaves_nothing(cache: Cache) -> None:
