@@ -2,7 +2,8 @@
 
 The standard library's reader takes an extended header of any size into memory and knows ways to store files (sparse,
 multi-volume) that none of our peers uses.  This one reads ustar and pax (POSIX.1-2001, pax, "ustar Interchange Format" and "pax
-Interchange Format"), GNU tar's long names (types L and K) and numbers, refuses everything else, and keeps one block in memory.
+Interchange Format"), GNU tar's long names (types L and K) and numbers, refuses everything else, and keeps one block in memory
+beside the extended headers of one member, which are bounded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ PIECE = 64 * 1024
 END = bytes(2 * BLOCK)
 """The two empty blocks after the last member."""
 MAX_EXTENDED = 1 << 20
+"""Bytes of all extended headers of one member."""
 MAX_NAME = 4095
 """Linux's PATH_MAX without the final zero byte."""
 
@@ -118,6 +120,7 @@ class TarReader:
     def _next(self) -> Member | None:
         """The next member, None at the end; its name is empty when it is the top directory itself."""
         records: dict[bytes, bytes] = {}
+        extended = 0
         while True:
             block = self._exactly(BLOCK)
             if not block.strip(b"\0"):
@@ -127,8 +130,9 @@ class TarReader:
             kind, size = block[156:157], _number(block[124:136])
             if kind not in (b"x", b"g", b"L", b"K"):
                 return _member(block, records)
-            if size > MAX_EXTENDED:
-                raise TarError(f"an extended header of {size} bytes")
+            extended += BLOCK + size
+            if size < 0 or extended > MAX_EXTENDED:
+                raise TarError(f"extended headers of {extended} bytes")
             data = self._exactly(size + -size % BLOCK)[:size]
             if kind == b"x":
                 records |= _pax_records(data)
@@ -150,19 +154,24 @@ def _number(field: bytes) -> int:
     return int(text or "0", 8)
 
 
+_RECORDS = frozenset({b"path", b"linkpath", b"size", b"mtime"})
+
+
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """The records `LENGTH KEY=VALUE newline`."""
+    """Of the records `LENGTH KEY=VALUE newline` those that say something to us."""
     records = {}
-    while data:
-        digits, _, _ = data[:20].partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        key, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(data) or data[length - 1 : length] != b"\n":
+    at = 0
+    while at < len(data):
+        digits, _, _ = data[at : at + 20].partition(b" ")
+        end = at + (int(digits) if digits.isdigit() else 0)
+        key, equals, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
+        if not equals or end > len(data) or data[end - 1 : end] != b"\n":
             raise TarError("an extended header is damaged")
         if key.startswith(b"GNU.sparse"):
             raise TarError("a sparse file")
-        records[key] = value
-        data = data[length:]
+        if key in _RECORDS:
+            records[key] = value
+        at = end
     return records
 
 

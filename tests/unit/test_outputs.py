@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offloadd.builder.outputs import Unpacked, leads_out, open_outputs_receiver, unpack_outputs
+from offloadd.builder.tar import END, TarError, TarReader, padding
 from offloadd.errors import BuildFailedError, HostError, ProtocolError, UsageError
 
 
@@ -262,3 +263,22 @@ def test_names_that_make_too_many_directories(target: Path) -> None:
         unpack(target, *deep, max_members=10)
     assert not target.exists()
     unpack(target, info("/".join("d" * 256), tarfile.DIRTYPE))
+
+
+def extended(data: bytes) -> bytes:
+    info_ = tarfile.TarInfo("x")
+    info_.type, info_.size = tarfile.XHDTYPE, len(data)
+    return info_.tobuf(tarfile.USTAR_FORMAT) + data + padding(len(data))
+
+
+def test_headers_without_end_fill_no_memory() -> None:
+    """A few thousand of them are some kilobytes when they are packed."""
+    records = b"".join(b"%d k%d=\n" % (len(str(number)) + 6, number) for number in range(10000, 12000))
+    tar = extended(records) * 100 + tarfile.TarInfo("a").tobuf() + END
+    with pytest.raises(TarError, match="extended headers of"):
+        list(TarReader(io.BytesIO(tar)))
+    empty = extended(b"") * 3000 + tarfile.TarInfo("a").tobuf() + END
+    with pytest.raises(TarError, match="extended headers of"):
+        list(TarReader(io.BytesIO(empty)))
+    some = extended(records) * 2 + extended(b"10 path=b\n") + tarfile.TarInfo("a").tobuf() + END
+    assert [member.name for member in TarReader(io.BytesIO(some))] == ["b"]
