@@ -20,6 +20,9 @@ LOG_TAIL = 64 * 1024
 """Characters of the log in which the words of an emulator that failed are looked for."""
 
 
+OUTPUTS = "outputs.tar"
+
+
 class LogTail:
     """The last words of a log that comes in pieces."""
 
@@ -70,7 +73,7 @@ class ActiveBuild:
 
     @property
     def outputs(self) -> Path:
-        return self.folder / "outputs.tar"
+        return self.folder / OUTPUTS
 
     def begin_attempt(self, work: Work) -> None:
         """Forget what an attempt on another machine has left."""

@@ -26,6 +26,7 @@ from offloadd.daemon.doors import Doors
 from offloadd.daemon.environments import environment_view, find_recipe, make_environment, remove_environment, unpack_environment
 from offloadd.daemon.offer_routes import add_offer_routes
 from offloadd.daemon.offload_routes import add_offload_routes
+from offloadd.daemon.own_fault import own_fault
 from offloadd.daemon.screen_routes import add_screen_routes
 from offloadd.daemon.secret_routes import add_secret_routes
 from offloadd.daemon.service import Service
@@ -146,13 +147,14 @@ def _add_machines(api: FastAPI, service: Service) -> None:
 
     @api.post("/v1/machines/{name}/start")
     async def start(name: str) -> StreamingResponse:
-        async def work(progress: Progress) -> dict[str, Any]:
-            service.offloading.leave_to_user(name)
-            await service.machines.start(name, progress)
-            return await views.machine_view(service, service.workshop.library().vm(name))
+        own = service.workshop.library().vm(name).name
 
-        service.workshop.library().vm(name)
-        service.survey.check_online(name)
+        async def work(progress: Progress) -> dict[str, Any]:
+            service.offloading.leave_to_user(own)
+            await service.machines.start(own, progress)
+            return await views.machine_view(service, service.workshop.library().vm(own))
+
+        service.survey.check_online(own)
         return _stream(service, work)
 
     @api.post("/v1/machines/{name}/stop")
@@ -165,7 +167,7 @@ def _add_machines(api: FastAPI, service: Service) -> None:
     async def test(name: str) -> StreamingResponse:
         """Try the machine for real: {"event": "check", ...}* among the phases."""
         machine = service.workshop.library().machine(name)
-        service.survey.check_online(name)
+        service.survey.check_online(machine.name)
 
         async def work(send: Send) -> dict[str, Any]:
             trial = Trial(
@@ -199,7 +201,7 @@ def _add_modes(api: FastAPI, service: Service) -> None:
 
     async def set_mode(name: str, mode: MachineMode) -> dict[str, Any]:
         machine = service.workshop.library().machine(name)
-        service.survey.set_mode(name, mode)
+        service.survey.set_mode(machine.name, mode)
         return await views.machine_row(service, machine)
 
 
@@ -341,10 +343,7 @@ def _add_builds(api: FastAPI, service: Service) -> None:
     @api.get("/v1/builds/{build}/outputs")
     async def outputs(build: str) -> FileResponse:
         """The outputs as a tar."""
-        path = service.builds.folder(build) / "outputs.tar"
-        if not path.exists():
-            raise NotFoundError("has no outputs", subject=build)
-        return FileResponse(path, media_type="application/x-tar")
+        return FileResponse(service.builds.outputs(build), media_type="application/x-tar")
 
     @api.post("/v1/builds/{build}/cancel")
     async def cancel(build: str) -> dict[str, Any]:
@@ -395,7 +394,11 @@ def _stream_events(service: Service, work: Callable[[Send], Awaitable[dict[str, 
                 done = {"event": "error", **exc.to_json()}
             except OSError as exc:
                 done = {"event": "error", **host_error(exc, "offloadd", service.workshop.paths.cache).to_json()}
-            await outlet.send(done)
+            except Exception as exc:
+                # It must not take the builds and the machines along.
+                done = {"event": "error", **own_fault(exc, "offloadd").to_json()}
+            with suppress(trio.BrokenResourceError):  # nobody listens any more
+                await outlet.send(done)
 
     async def lines() -> AsyncIterator[bytes]:
         service.nursery.start_soon(run)

@@ -7,13 +7,14 @@ import secrets
 import shutil
 from collections.abc import AsyncIterable, AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 import trio
 
-from offloadd.daemon.active import ActiveBuild
+from offloadd.daemon.active import OUTPUTS, ActiveBuild
 from offloadd.daemon.dispatch import Dispatcher
 from offloadd.daemon.events import EventLog, read_events
 from offloadd.daemon.machines import Machines
@@ -29,6 +30,7 @@ from offloadd.errors import (
     DaemonError,
     HostError,
     MachineLostError,
+    NotFoundError,
     OffloadError,
     UsageError,
 )
@@ -71,6 +73,17 @@ class Builds:
     def folder(self, build: str) -> Path:
         return self._workshop.paths.builds / self._workshop.database.build(build).id
 
+    def outputs(self, build: str) -> Path:
+        """A tar of what it gave.
+
+        Raises:
+            NotFoundError: it gave nothing, or not yet all of it.
+        """
+        path = self.folder(build) / OUTPUTS
+        if path.parent.name in self._active or not path.exists():
+            raise NotFoundError("has no outputs", subject=build)
+        return path
+
     async def decide(self, request: BuildRequest) -> Decision:
         """Which machine a request would go to now, and why; nothing is fetched or built.
 
@@ -98,11 +111,15 @@ class Builds:
         build = secrets.token_hex(4)
         folder = self._workshop.paths.builds / build
         folder.mkdir(mode=0o700, parents=True)
-        self._workshop.database.add_build(build, request.name, request.version, request.to_json())
-        active = ActiveBuild(build, request, choose_system(request), folder, EventLog(folder / "events.ndjson"))
+        try:
+            active = ActiveBuild(build, request, choose_system(request), folder, EventLog(folder / "events.ndjson"))
+            self._workshop.database.add_build(build, request.name, request.version, request.to_json())
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._active[build] = active
         self._nursery.start_soon(self._run, active)
-        self._drop_old()
+        await self._drop_old()
         return build
 
     async def take_source(self, build: str, pieces: AsyncIterable[bytes]) -> None:
@@ -129,9 +146,9 @@ class Builds:
 
     async def cancel(self, build: str, why: str = "cancelled by its user") -> None:
         """Cancel a build and wait until nothing of it is left; nothing happens when it has ended already."""
-        if self._workshop.database.build(build).state.final:
+        active = self._active.get(self._workshop.database.build(build).id)
+        if active is None:
             return
-        active = self._find_active(build)
         active.cancelled = active.cancelled or why
         active.scope.cancel()
         await active.ended.wait()
@@ -170,11 +187,12 @@ class Builds:
             result = self._summary(row) | {"state": BuildState.ERRORED, "error": error.to_json()}
             for scratch in (self._workshop.paths.builds / row.id).glob("source*"):
                 scratch.unlink()
-            self._workshop.database.move_build(row.id, BuildState.ERRORED, result=result)
+            # Last of all the state: a daemon that ends in between has the next one say it again.
             if events:
                 events.append("error", **error.to_json())
                 events.append("end", state=BuildState.ERRORED, exit_status=error.exit_status, result=result)
                 events.close()
+            self._workshop.database.move_build(row.id, BuildState.ERRORED, result=result)
 
     def _find_active(self, build: str) -> ActiveBuild:
         row = self._workshop.database.build(build)
@@ -186,11 +204,11 @@ class Builds:
         self._workshop.database.move_build(active.id, state, **changes)
         active.events.append("state", state=state, machine=changes.get("machine", active.result.get("machine", "")))
 
-    def _drop_old(self) -> None:
+    async def _drop_old(self) -> None:
         """Forget the files of the oldest builds; their rows stay."""
-        for row in self._workshop.database.builds(limit=KEPT_BUILDS + 50)[KEPT_BUILDS:]:
-            if row.state.final:
-                shutil.rmtree(self._workshop.paths.builds / row.id, ignore_errors=True)
+        keep = {row.id for row in self._workshop.database.builds(limit=KEPT_BUILDS)} | self._active.keys()
+        for folder in [folder for folder in self._workshop.paths.builds.iterdir() if folder.name not in keep]:
+            await trio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
 
     async def _run(self, active: ActiveBuild) -> None:
         """One build from the queue to its end; nothing it does ends another."""
@@ -221,7 +239,7 @@ class Builds:
                 self._end(active, state, error)
             except (OSError, HostError) as exc:
                 # The disk is full: the next daemon finds the build open and says what became of it.
-                log.error("the build's end could not be stored", build=active.id, error=str(exc))
+                log.error("the build's end could not be stored", build=active.id, state=str(state), error=str(exc))
             finally:
                 active.events.close()
                 del self._active[active.id]
@@ -248,9 +266,12 @@ class Builds:
             active.result["error"] = error.to_json()
             active.events.append("error", **error.to_json())
         active.result |= {"state": state, "ended": format_date(datetime.now(UTC))}
-        (active.folder / "build.json").write_text(json.dumps(active.result, indent=2) + "\n")
-        self._workshop.database.move_build(active.id, state, result=active.result)
+        # Whoever follows it hears of its end, though the disk may have no room for that.
         active.events.append("end", state=state, exit_status=error.exit_status if error else 0, result=active.result)
+        self._workshop.database.move_build(active.id, state, result=active.result)
+        new = active.folder / "build.json.new"
+        new.write_text(json.dumps(active.result, indent=2) + "\n")
+        new.rename(active.folder / "build.json")
         log.info("build ended", build=active.id, name=active.request.name, state=str(state))
 
     def _summary(self, row: BuildRow) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     AgentError,
     BootError,
+    HostError,
     MachineLostError,
     NotFoundError,
     OffloadError,
@@ -129,9 +130,16 @@ class Dispatcher:
             try:
                 yield Assignment(machine=machine, decision=decision, emulation=emulations[machine.name])
             except OffloadError as exc:
-                self._note(machine.name, exc)
+                self._note_surely(machine.name, exc)
                 raise
-            self._note(machine.name, None)
+            self._note_surely(machine.name, None)
+
+    def _note_surely(self, machine: str, error: OffloadError | None) -> None:
+        """A build is as good as it is, also where that cannot be noted."""
+        try:
+            self._note(machine, error)
+        except HostError as exc:
+            log.error("not noted", machine=machine, error=str(exc))
 
     def _note(self, machine: str, error: OffloadError | None) -> None:
         """Keep the machine's breaker."""

@@ -14,6 +14,7 @@ Events are objects with a field `event`:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class EventLog:
         self._path = path
         self._more = trio.lowlevel.ParkingLot()
         self._file = path.open("ab", buffering=0)
+        _drop_torn(self._file.fileno(), path)
         self._unwritten = b""
         self.closed = False
 
@@ -74,6 +76,20 @@ class EventLog:
                     return
                 else:
                     await self._more.park()
+
+
+def _drop_torn(fd: int, path: Path) -> None:
+    """A host that lost its power may leave half a line, to which the next event would be joined."""
+    end = os.fstat(fd).st_size
+    with path.open("rb") as file:
+        while end:
+            begin = max(0, end - PIECE)
+            file.seek(begin)
+            if newline := file.read(end - begin).rfind(b"\n") + 1:
+                end = begin + newline
+                break
+            end = begin
+    os.ftruncate(fd, end)
 
 
 async def read_events(path: Path) -> AsyncIterator[bytes]:

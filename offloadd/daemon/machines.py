@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from functools import partial
 
@@ -103,14 +103,22 @@ class Machines:
         Raises:
             NotFoundError: it does not run.
         """
-        found = self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
+        found = self._find(name)
         if found is None or found.instance is None:
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
         return found.instance
 
+    def _find(self, name: str) -> RunningMachine | None:
+        """By its own name also when its file is gone or wrong by now; else as the library calls it."""
+        return self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
+
     def declared(self) -> dict[str, VmMachine]:
         """Those that run, as they were when they were started: their files may be gone or wrong by now."""
         return {name: running.declared for name, running in self._running.items() if running.declared is not None}
+
+    def names(self) -> Collection[str]:
+        """Of all that run, also those of which the file was wrong when they were adopted."""
+        return self._running.keys()
 
     async def start(self, name: str, progress: Progress = silent) -> RunningMachine:
         """Start the machine, or join a start that is under way; returns when one can talk to it.
@@ -120,11 +128,12 @@ class Machines:
         """
         if self._closed:
             raise DaemonError("the daemon is being stopped", subject=name, hint="try again in a moment")
-        machine = self._workshop.library().vm(name)
-        name = machine.name  # it may have been asked for by another one
-        running = self._running.get(name)
+        while (running := self._find(name)) is not None and running.stopping:
+            progress("waiting for its end", None)
+            await running.ended.wait()
         if running is None:
-            running = RunningMachine(name, machine)
+            machine = self._workshop.library().vm(name)
+            running = RunningMachine(machine.name, machine)
             self.own(running, partial(self._start, running, machine))
         while not running.ready:
             progress(*running.phase)
@@ -139,8 +148,7 @@ class Machines:
         Raises:
             NotFoundError: it does not run.
         """
-        # By its own name also when its file is gone or wrong by now.
-        running = self._running.get(name) or self._running.get(self._workshop.library().vm(name).name)
+        running = self._find(name)
         if running is None:
             raise NotFoundError("does not run", subject=name, hint=f"offload vm start {name}")
         running.stopping = True  # its guest may reboot while we wait
@@ -156,7 +164,8 @@ class Machines:
         """Have a guest without a power button, whose disk stays, write what it still holds in memory."""
         if instance.record.plan.volatile or running.secrets is None or not running.secrets.has_account:
             return
-        with trio.move_on_after(SYNC_S), suppress(OffloadError):  # it may have ended, or refuse everybody by now
+        # It may have ended, or refuse everybody by now; our keys may be gone.
+        with trio.move_on_after(SYNC_S), suppress(OffloadError, OSError, ValueError):
             async with open_ssh(self._workshop.bridge, instance.ssh_port, running.secrets) as guest:
                 await guest.run("sync")
 

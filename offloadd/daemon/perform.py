@@ -162,7 +162,11 @@ class Performer:
                 keep_failed=request.keep_failed,
             )
             with open_outputs_receiver(active.outputs) as outputs:
-                report = await place.run(job, outputs, _Listener(active, self.move, work))
+                try:
+                    report = await place.run(job, outputs, _Listener(active, self.move, work))
+                finally:
+                    if not outputs.complete:  # nobody wants a part of them
+                        active.outputs.unlink(missing_ok=True)
         _judge(active, report, recipe.steps)
 
 
@@ -173,15 +177,9 @@ def _personality(system: str, machine: Machine) -> str | None:
 
 
 def _judge(active: ActiveBuild, report: Report, steps: tuple[str, ...]) -> None:
-    active.result |= {
-        "exit_status": report.exit_status,
-        "duration_s": round(report.duration_s, 3),
-        "clock_end": report.clock_end,
-        "outputs_channel": report.outputs_channel,
-    }
+    active.result["outputs_channel"] = report.outputs_channel
     if not report.exit_status:
         return
-    active.result["failed_step"] = report.failed_step
     command = steps[report.failed_step - 1 : report.failed_step]
     hint = "--keep-failed brings the build directory back" if not active.request.keep_failed else ""
     where = f"step {report.failed_step} of {len(steps)}"
@@ -198,8 +196,10 @@ class _Listener:
         self._active = active
         self._move = move
         self._work = work
+        self._report = Report(started={})
 
     def started(self, report: Report) -> None:
+        self._report = report
         said = report.started
         kernel = str(said.get("kernel", ""))[:200]
         wanted = self._work.request.work.kernel
@@ -221,4 +221,13 @@ class _Listener:
         self._active.events.append("log", text=text)
 
     def collecting(self) -> None:
+        # Now: what is wrong with the outputs is an error of its own.
+        report = self._report
+        self._active.result |= {
+            "exit_status": report.exit_status,
+            "duration_s": round(report.duration_s, 3),
+            "clock_end": report.clock_end,
+        }
+        if report.exit_status:
+            self._active.result["failed_step"] = report.failed_step
         self._move(self._active, BuildState.COLLECTING)

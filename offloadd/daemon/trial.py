@@ -27,6 +27,7 @@ from offloadd.builder.job import Job, Report
 from offloadd.builder.outputs import open_outputs_receiver
 from offloadd.builder.plain import run_plain_build
 from offloadd.builder.run import run_build
+from offloadd.builder.tar import TarError, TarReader
 from offloadd.daemon.guests import FreshGuest, Guests, SshGuest
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import HostError, OffloadError, ProtocolError
@@ -304,7 +305,7 @@ class Trial:
                 report = await place.run(job, outputs, listener)
             if report.exit_status:
                 raise HostError(f"a build ended with exit status {report.exit_status}", detail=listener.text)
-            if _read_output(folder / "outputs.tar") != sent:
+            if await trio.to_thread.run_sync(read_output, folder / "outputs.tar") != sent:
                 raise ProtocolError("a build gave back something else than it was sent")
             return report
 
@@ -316,14 +317,23 @@ def _write_source(path: Path, content: bytes, moment: int) -> None:
         tar.addfile(member, io.BytesIO(content))
 
 
-def _read_output(path: Path) -> bytes:
-    """The file `back`: the receiver has checked what kind of members there are."""
-    with tarfile.open(path) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isreg() and member.name.removeprefix("./") == "back" else None
-            if file is not None:
-                return file.read(EXCHANGED + 1)
-    return b""
+def read_output(path: Path) -> bytes:
+    """The file `back`, or as much of it as tells that it is another one.  Blocks.
+
+    Raises:
+        ProtocolError: it is no tar of ours.
+    """
+    back = b""
+    try:
+        with path.open("rb") as file:
+            tar = TarReader(file)
+            for member in tar:
+                pieces = tar.content() if member.name == "back" else iter(())
+                while len(back) <= EXCHANGED and (piece := next(pieces, b"")):
+                    back += piece
+    except TarError as exc:
+        raise ProtocolError(f"what a build gave back is refused: {exc}") from exc
+    return back
 
 
 async def _try_emulator(status: Status, system: str) -> str:

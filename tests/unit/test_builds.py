@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from offloadd.config.library import Library
+from offloadd.daemon import builds as builds_module
 from offloadd.daemon.active import ActiveBuild
 from offloadd.daemon.builds import SOURCE_S, Builds
 from offloadd.daemon.dispatch import Dispatcher
@@ -21,7 +22,7 @@ from offloadd.daemon.machines import Machines
 from offloadd.daemon.perform import Performer
 from offloadd.daemon.pool import Pool
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import BuildFailedError, BuildTimeoutError, NotFoundError, SshError
+from offloadd.errors import BuildFailedError, BuildTimeoutError, HostError, NotFoundError, SshError
 from offloadd.model.recipe import BuildRequest
 from offloadd.model.state import BuildState
 from offloadd.paths import Paths
@@ -176,3 +177,70 @@ async def test_builds_that_there_are_not(shop: Workshop) -> None:
             builds.folder("../etc")
         with pytest.raises(NotFoundError):
             await builds.cancel("nothing")
+
+
+async def test_an_end_that_cannot_be_stored_is_told(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that succeeded is not said to have been lost; and the daemon can end."""
+
+    async def perform(_: Performer, active: ActiveBuild) -> None:
+        for step in (BuildState.PREPARING, BuildState.RUNNING, BuildState.COLLECTING):
+            shop.database.move_build(active.id, step)
+        active.outputs.write_bytes(b"tar")
+        with pytest.raises(NotFoundError):  # it may not be all yet
+            builds.outputs(active.id)
+        monkeypatch.setattr(Database, "move_build", full)
+
+    def full(*_: object, **__: object) -> None:
+        raise HostError("the disk is full")
+
+    monkeypatch.setattr(Performer, "perform", perform)
+    async with open_builds(shop) as builds:
+        build = await builds.create(REQUEST)
+        await builds.take_source(build, no_pieces())
+        events = await told(builds, build)
+        assert (events[-1]["event"], events[-1]["state"], events[-1]["exit_status"]) == ("end", "succeeded", 0)
+        assert len(builds) == 0
+        assert builds.outputs(build).read_bytes() == b"tar"
+        await builds.cancel(build)
+        await builds.drain(1)
+
+
+async def test_the_files_of_old_builds_go_and_those_of_one_that_runs_stay(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builds_module, "KEPT_BUILDS", 2)
+
+    async def perform(_: Performer, active: ActiveBuild) -> None:
+        for step in (BuildState.PREPARING, BuildState.RUNNING, BuildState.COLLECTING):
+            shop.database.move_build(active.id, step)
+        if active.request.name == "long":
+            await trio.sleep_forever()
+
+    monkeypatch.setattr(Performer, "perform", perform)
+    long = BuildRequest.model_validate({"recipe": {"name": "long", "steps": ["true"]}})
+    async with open_builds(shop) as builds:
+        first = await builds.create(long)
+        await builds.take_source(first, no_pieces())
+        made = []
+        for _ in range(5):
+            made.append(await builds.create(REQUEST))
+            await builds.take_source(made[-1], no_pieces())
+            await told(builds, made[-1])
+        assert {path.name for path in shop.paths.builds.iterdir()} == {first, *made[-2:]}
+        await builds.cancel(first)
+        # Now it is an old one, too.
+        last = await builds.create(REQUEST)
+        await builds.cancel(last)
+        assert {path.name for path in shop.paths.builds.iterdir()} == {made[-1], last}
+
+
+async def test_a_request_that_cannot_be_stored_leaves_nothing(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise HostError("the disk is full")
+
+    monkeypatch.setattr(Database, "add_build", full)
+    async with open_builds(shop) as builds:
+        with pytest.raises(HostError):
+            await builds.create(REQUEST)
+        assert len(builds) == 0
+    assert not list(shop.paths.builds.iterdir())

@@ -267,3 +267,33 @@ async def test_a_disk_that_stays_is_not_for_a_trial() -> None:
     assert told == [check]
     assert "keeps its disk" in check.text
     assert f"offload vm start {NAME}" in check.hint
+
+
+async def test_one_that_is_started_while_it_is_stopped_begins_anew(house: House) -> None:
+    first = await house.machines.start(NAME)
+    ends = trio.Event()
+    instance = house.booted[0][1]
+
+    async def stop() -> None:
+        await ends.wait()
+        instance.end(MachineState.STOPPED, "stopped by us")
+
+    instance.stop = stop  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(house.machines.stop, NAME)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(house.machines.start, NAME)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(house.booted) == 1
+        ends.set()
+    second = house.machines.find(NAME)
+    assert second is not None
+    assert second is not first
+    assert len(house.booted) == 2
+
+
+async def test_one_that_runs_needs_no_file(house: House) -> None:
+    running = await house.machines.start(NAME)
+    house.library = None  # type: ignore[method-assign,assignment]
+    assert await house.machines.start(NAME) is running
+    assert list(house.machines.names()) == [NAME]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from offloadd.daemon import offload
 from offloadd.daemon.offload import ASKED_AGAIN_S, Offloading, Verdict, judge
 from offloadd.daemon.slots import Slots
-from offloadd.errors import BootError, NotFoundError
+from offloadd.errors import BootError, HostError, NotFoundError
 from offloadd.model.machine import BuildVm
 from offloadd.model.offer import Offer, OfferState
 from offloadd.model.offload import OffloadRequest
@@ -142,8 +142,8 @@ class FakeMachines:
         await trio.sleep(self.stop_s)
         self.running.pop(name).ended.set()
 
-    def declared(self) -> dict[str, Any]:
-        return {name: running.declared for name, running in self.running.items()}
+    def names(self) -> Collection[str]:
+        return self.running.keys()
 
 
 @pytest.fixture
@@ -271,3 +271,40 @@ async def test_one_that_does_not_start_is_left_alone(
             await trio.sleep(61)
         assert "does not start" in verdict.why
         assert machines.starts < 10
+
+
+async def test_what_its_user_starts_while_it_is_stopped_is_stopped_first(
+    tmp_path: Path, database: Database, machines: FakeMachines, autojump_clock: trio.testing.MockClock
+) -> None:
+    """To give up in the middle would leave it running and half stopped."""
+    machines.stop_s = 5.0
+    async with open_offloading(tmp_path, database, machines) as offloading:
+        await offloading.decide(GUIX)
+        await trio.sleep(60 + IDLE_S + 1)
+        offloading.leave_to_user("vm")
+        await trio.sleep(5)
+        assert not machines.running
+        assert not list((tmp_path / "on-demand").iterdir())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_full_disk_ends_nothing(
+    tmp_path: Path,
+    database: Database,
+    machines: FakeMachines,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise HostError("the disk is full")
+
+    machines.fails = fails
+    async with open_offloading(tmp_path, database, machines) as offloading:
+        database.store_breaker("vm", database.breaker("vm").after_failure(0.0))
+        monkeypatch.setattr(database, "store_breaker", full)
+        await offloading.decide(GUIX)
+        await trio.sleep(70)
+        # Who would be ended with it.
+        await trio.lowlevel.checkpoint()
+        assert ("vm" in machines.running) != fails
