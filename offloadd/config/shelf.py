@@ -21,9 +21,9 @@ class Shelf:
     def library(self) -> Library:
         """As `load_library`."""
         signature = self._sign()
-        if self._library is None or signature != self._seen:
+        if self._library is None or signature is None or signature != self._seen:
             self._library = load_library(self._folders)
-            self._seen = signature if is_settled(signature) else None
+            self._seen = signature if signature is not None and is_settled(signature) else None
         return self._library
 
     def last_right(self) -> Library:
@@ -39,6 +39,10 @@ class Shelf:
                 raise
             return self._library
 
-    def _sign(self) -> Signature:
+    def _sign(self) -> Signature | None:
+        """None when a file cannot be looked at: whoever reads it tells why."""
         paths = [path for folder in self._folders for kind in ("images", "machines") for path in (folder / kind).glob("*.yaml")]
-        return sign(sorted(paths))
+        try:
+            return sign(sorted(paths))
+        except OSError:
+            return None

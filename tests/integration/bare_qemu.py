@@ -63,7 +63,7 @@ class Bench:
             kernel=path,
             initramfs=self.root / "initramfs",
             disk=disk,
-            disk_file=(disk.stat().st_size, disk.stat().st_mtime_ns),
+            disk_file=(disk.stat().st_size, disk.stat().st_mtime_ns) if disk.exists() else None,
         )
         return VmPlan(
             machine=name,

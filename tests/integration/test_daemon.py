@@ -597,3 +597,35 @@ def test_an_answer_that_is_no_json_is_an_error_of_ours(daemon: Daemon) -> None:
     assert caught.value.detail == "sorry"
     assert not isinstance(caught.value, UsageError)
     assert json.dumps(caught.value.to_json())
+
+
+def test_outputs_of_a_daemon_that_went_away(daemon: Daemon, tmp_path: Path) -> None:
+    """It is not the guest's fault that they are cut off."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(1000))
+
+    daemon.paths.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(daemon.paths.socket))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(daemon.paths) as client, pytest.raises(DaemonError, match="went away: it sent a part of the outputs"):
+            client.fetch_outputs("b", tmp_path / "outputs.tar")
+        thread.join()
+
+
+def test_another_name_of_a_machine_is_as_good(daemon: Daemon) -> None:
+    client = daemon.start()
+    assert client.post("/v1/machines/hurd-vm/drain")["mode"] == "drained"
+    assert client.get("/v1/machines/childhurd")["mode"] == "drained"
+    client.post("/v1/machines/hurd-vm/offline")
+    for what in ("test", "start"):
+        with pytest.raises(NotAllowedError, match="childhurd: is offline"):
+            list(client.stream("POST", f"/v1/machines/hurd-vm/{what}"))
+    client.post("/v1/machines/hurd-vm/resume")
+    assert client.get("/v1/machines/childhurd")["mode"] == "online"

@@ -464,3 +464,15 @@ def test_the_example_of_a_remote_host_is_right() -> None:
     text = (shipped() / "machines/ssh.yaml.example").read_text().replace("AAAA...", "AAAAC3NzaC1lZDI1NTE5AAAAIA==")
     machine = parse_value("name: arm\n" + text, "ssh.yaml.example", SshMachine)
     assert (machine.host, machine.port, machine.systems) == ("arm.example.org", 22, ("aarch64-linux",))
+
+
+def test_the_shelf_tells_of_a_file_that_cannot_even_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "machines").mkdir()
+    loop = tmp_path / "machines/loop.yaml"
+    loop.symlink_to(loop)
+    shelf = Shelf([tmp_path])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"loop\.yaml"):
+            shelf.library()
+    loop.unlink()
+    assert not shelf.library().machines
