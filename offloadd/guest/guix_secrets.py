@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from offloadd.errors import OffloadError
-from offloadd.guix.acl import ACL, open_acl
+from offloadd.guix.acl import ACL, Acl, open_acl
 from offloadd.guix.files import configuration_directory, remove
 from offloadd.guix.key import PRIVATE_KEY, PUBLIC_KEY, PublicKey, make_signing_key, read_public_key
 from offloadd.guix.trust import keys_for_guest
@@ -17,18 +17,22 @@ FILES = (PRIVATE_KEY, PUBLIC_KEY, ACL)
 
 
 def ensure_guix_secrets(root: Path) -> None:
-    """Make what is missing of them; what is there stays.
+    """Make what is missing of them, also the guest's own key in its list; what is there stays.
 
     Args:
         root: the secret root.
     Raises:
         UsageError: the public half of the key is there without the private one.
-        ConfigError: a file that is there is no key, or the two halves are not of one key.
+        ConfigError: a file that is there is no key or no list, or the two halves are not of one key.
         NotAllowedError, HostError: a file cannot be read or written.
     """
     folder = root / GUIX
-    make_signing_key(folder)
+    own = make_signing_key(folder).public
     if (folder / ACL).exists():
+        # A link is to somebody else's list: that stays as it is.
+        if not (folder / ACL).is_symlink() and Acl.read(folder / ACL).find(own) is None:
+            with open_acl(folder / ACL) as acl:
+                acl.authorize(own)
         return
     hosts: list[PublicKey] = []
     # A host without Guix, or whose list is wrong or private: `offload guix setup` brings both together, or says why not.
@@ -51,13 +55,13 @@ def renew_signing_key(root: Path) -> str:
     """
     folder = root / GUIX
     old = read_public_key(folder / PUBLIC_KEY)
-    # In this order: whatever stops us in between, what is left is completed by `ensure_guix_secrets`.
-    remove(folder / PUBLIC_KEY)
-    remove(folder / PRIVATE_KEY)
-    new = make_signing_key(folder).public
+    # In this order: whatever stops us in between, what is left is completed by `ensure_guix_secrets`, and only a key that is
+    # still there is in the list.
     if (folder / ACL).exists():
         with open_acl(folder / ACL) as acl:
             if acl.find(old) is not None:
                 acl.revoke(old.fingerprint)
-                acl.authorize(new)
+    remove(folder / PUBLIC_KEY)
+    remove(folder / PRIVATE_KEY)
+    ensure_guix_secrets(root)
     return old.fingerprint

@@ -132,9 +132,10 @@ def _ensure_key(path: Path, algorithm: str, comment: str) -> str:
     """The public key of `path`, which is made together with its `.pub` when it is not there."""
     public_path = path.with_name(path.name + ".pub")
     if not path.exists():
+        # First: beside a new private key it would be taken for its other half.
+        public_path.unlink(missing_ok=True)
         key = asyncssh.generate_private_key(algorithm, comment=comment)
         write_new(path, key.export_private_key(), 0o600)
-        public_path.unlink(missing_ok=True)
     if not public_path.exists():
         try:
             key = asyncssh.read_private_key(path)
@@ -150,16 +151,23 @@ def _ensure_key(path: Path, algorithm: str, comment: str) -> str:
 
 
 def write_new(path: Path, content: bytes, mode: int) -> None:
-    """The right mode from the first moment, and complete or absent."""
+    """The right mode from the first moment, and complete or absent, also after a power loss."""
     fd, new = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content)
             os.fchmod(fd, mode)
+            file.flush()
+            os.fsync(fd)
         Path(new).replace(path)
     except BaseException:
         Path(new).unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _ensure_line(path: Path, line: str) -> None:

@@ -10,13 +10,13 @@ which Guix does not read: lines of fingerprint, blank, comment.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.errors import NotFoundError, OffloadError, UsageError
-from offloadd.guix.files import Owner, locked, make_directory, read_small, remove, replace, wrong
+from offloadd.guix.files import Owner, locked, make_directory, read_small, read_whole, refuse_link, remove, replace, wrong
 from offloadd.guix.key import PUBLIC_KEY, PublicKey, as_public_key, read_public_key
 from offloadd.guix.sexp import MAX_SIZE, Sexp, advanced, parse_sexp
 
@@ -79,7 +79,7 @@ class Acl:
 
         Raises:
             ConfigError: it is none.
-            NotAllowedError, HostError: it cannot be read.
+            NotAllowedError, HostError: it or its comments cannot be read.
         """
         try:
             data = read_small(path, MAX_SIZE)
@@ -167,7 +167,7 @@ def open_acl(path: Path, owner: Owner | None = None, *, make: bool = True) -> It
     Raises:
         ConfigError: it is none.
         NotFoundError: its directory is not there.
-        NotAllowedError, HostError: it cannot be read or written.
+        NotAllowedError, HostError: it or its comments cannot be read or written.
     """
     if make:
         make_directory(path.parent, owner)
@@ -175,10 +175,24 @@ def open_acl(path: Path, owner: Owner | None = None, *, make: bool = True) -> It
         acl = Acl.read(path)
         before = acl.entries
         yield acl
-        if acl.changed:
-            replace(path, acl.text, MODE, owner)
-        if any(entry.comment for entry in {*before} ^ {*acl.entries}):
-            _write_comments(path.with_name(COMMENTS), _comments(before), _comments(acl.entries), owner)
+        _write_back(acl, _comments(before), owner)
+
+
+def forget_comments(path: Path, keys: Iterable[str]) -> None:
+    """Take out the comments of keys that are not in this ACL any more, or never came into it.
+
+    Args:
+        path: the ACL, which need not be there.
+        keys: their fingerprints; one that is in the ACL keeps its comment.
+
+    Raises:
+        ConfigError: it is none.
+        NotAllowedError, HostError: it or its comments cannot be read or written.
+    """
+    comments = path.with_name(COMMENTS)
+    with suppress(NotFoundError), locked(path.parent):
+        there = {entry.key.fingerprint for entry in Acl.read(path).entries if entry.key}
+        _write_comments(comments, {*keys} - there, {}, None)
 
 
 def known_names(directory: Path, shared: Iterable[Path] = _SHARED) -> dict[str, str]:
@@ -213,17 +227,19 @@ def _check_entry(path: Path, number: int, sexp: Sexp) -> Entry:
 
 
 def _with_comments(path: Path, entries: list[Entry]) -> list[Entry]:
-    try:
-        lines = _comment_lines(path.with_name(COMMENTS))
-    except OffloadError:
-        # Whoever may read the ACL may see it without comments.
-        return entries
+    # Not without those that cannot be read: whose a key is may be told there, and without a comment it is the user's own.
+    lines = _comment_lines(path.with_name(COMMENTS))
     comments = dict(line.split(" ", 1) for line in lines if " " in line)
     return [Entry(entry.sexp, comments.get(entry.key.fingerprint, "") if entry.key else "") for entry in entries]
 
 
 def _comment_lines(path: Path) -> list[str]:
-    return read_small(path, MAX_SIZE).decode("utf-8", "replace").splitlines()
+    try:
+        return read_whole(path, MAX_SIZE).decode("utf-8", "replace").splitlines()
+    except NotFoundError:
+        # It may be a link that leads nowhere.
+        refuse_link(path)
+        return []
 
 
 def _comments(entries: Iterable[Entry]) -> dict[str, str]:
@@ -231,15 +247,34 @@ def _comments(entries: Iterable[Entry]) -> dict[str, str]:
     return {entry.key.fingerprint: entry.comment for entry in entries if entry.key and entry.comment}
 
 
-def _write_comments(path: Path, before: Mapping[str, str], now: Mapping[str, str], owner: Owner | None) -> None:
+def _write_back(acl: Acl, before: Mapping[str, str], owner: Owner | None) -> None:
+    """Whatever stops us in between, no key is in the list without its comment, which may say that it is a guest's.
+
+    So a new comment is written before the list, and an old one goes after it: one of a key that is not there says nothing.
+
+    Args:
+        before: the comments as they were read.
+    """
+    now = _comments(acl.entries)
+    comments = acl.path.with_name(COMMENTS)
+    if acl.changed:
+        refuse_link(acl.path)
+    if now != before:
+        _write_comments(comments, (), now, owner)
+    if acl.changed:
+        replace(acl.path, acl.text, MODE, owner)
+    if now != before:
+        _write_comments(comments, before.keys() - now.keys(), now, owner)
+
+
+def _write_comments(path: Path, gone: Collection[str], now: Mapping[str, str], owner: Owner | None) -> None:
     """Only what has changed: the other lines stay where they are, also those of keys that are not in the ACL."""
-    lines: list[str] = []
-    with suppress(NotFoundError):
-        lines = _comment_lines(path)
-    told = {line.partition(" ")[0]: line for line in lines if " " in line}
-    for fingerprint in before.keys() - now.keys():
-        told.pop(fingerprint, None)
-    told |= {fingerprint: f"{fingerprint} {comment}" for fingerprint, comment in now.items()}
+    refuse_link(path)
+    before = {line.partition(" ")[0]: line for line in _comment_lines(path) if " " in line}
+    told = before | {fingerprint: f"{fingerprint} {comment}" for fingerprint, comment in now.items()}
+    told = {fingerprint: line for fingerprint, line in told.items() if fingerprint not in gone}
+    if told == before:
+        return
     if told:
         replace(path, "".join(f"{line}\n" for line in told.values()).encode(), MODE, owner)
     else:

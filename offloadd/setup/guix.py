@@ -145,9 +145,13 @@ def _acl_step(path: Path, keys: Callable[[], list[PublicKey]], owner: Owner | No
         refuse_link(path)
         return [path, path.with_name(COMMENTS)] if comment else [path]
 
+    def intended() -> Iterable[str]:
+        acl = Acl.read(path)
+        return [key.fingerprint for key in keys() if acl.find(key) is None]
+
     def do() -> Iterable[str]:
         wanted = keys()
         with open_acl(path, owner) as acl:
             return [key.fingerprint for key in wanted if acl.authorize(key, comment)]
 
-    return Step(machine=machine, paths=(path,), pending=pending, do=do)
+    return Step(machine=machine, paths=(path,), pending=pending, do=do, intended=intended)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from offloadd.errors import ConfigError, Problem
-from offloadd.guix.scheme import write
+from offloadd.guix.scheme import MAX_DEPTH, write
 
 _NOTE = "; Added by `offload guix setup`: the machines of offload.  `offload guix setup --undo` takes it out."
 
@@ -63,8 +63,8 @@ def _last_form(text: str, file: Path) -> tuple[int, int] | None:
         last, at = (at, end), end
 
 
-def _skip_space(text: str, at: int, file: Path) -> int:
-    """Where blanks and comments of all kinds end."""
+def _skip_space(text: str, at: int, file: Path, depth: int = 0) -> int:
+    """Where blanks and comments of all kinds end; `depth` is how many `#;` we are in."""
     while at < len(text):
         token = _token(text, at, file)
         if token.lastgroup == "space":
@@ -72,13 +72,20 @@ def _skip_space(text: str, at: int, file: Path) -> int:
         elif token.lastgroup == "block":
             at = _block_end(text, at, file)
         elif token.lastgroup == "skip":
-            at = _form_end(text, _skip_space(text, token.end(), file), file)
+            at = _skipped_end(text, token, file, depth + 1)
         else:
             return at
     return at
 
 
-def _form_end(text: str, at: int, file: Path) -> int:
+def _skipped_end(text: str, token: re.Match[str], file: Path, depth: int) -> int:
+    """Where the form ends that a `#;` comments out."""
+    if depth > MAX_DEPTH:
+        raise _error(text, token.start(), file, f"is nested more than {MAX_DEPTH} deep")
+    return _form_end(text, _skip_space(text, token.end(), file, depth), file, depth)
+
+
+def _form_end(text: str, at: int, file: Path, skipping: int = 0) -> int:
     start, depth = at, 0
     while at < len(text):
         token = _token(text, at, file)
@@ -90,7 +97,7 @@ def _form_end(text: str, at: int, file: Path) -> int:
         if kind == "block":
             at = _block_end(text, token.start(), file)
         elif kind == "skip":
-            at = _form_end(text, _skip_space(text, at, file), file)
+            at = _skipped_end(text, token, file, skipping + 1)
         elif depth == 0 and kind not in ("space", "prefix"):
             return at
     raise _error(text, start, file, "the file ends within this")

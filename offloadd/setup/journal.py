@@ -2,8 +2,9 @@
 
     {"version": 1, "originals": {ACL: SNAPSHOT}, "records": [{"path", "machine", "before", "after", "keys"}, ...]}
 
-A record is written before the change, and completed after it: also what was interrupted is known.  A file that somebody else
-has changed since is left alone.  Of an ACL, which several machines are in and others change too, only our keys are taken out.
+A record is written before the change, and completed after it: also what was interrupted is known, and the keys that it was to
+put into an ACL.  A file that somebody else has changed since is left alone.  Of an ACL, which several machines are in
+and others change too, only our keys are taken out.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import hashlib
 import json
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from offloadd.errors import HostError, NotFoundError, OffloadError
-from offloadd.guix.acl import COMMENTS, Entry, open_acl
+from offloadd.guix.acl import COMMENTS, Entry, forget_comments, open_acl
 from offloadd.guix.files import Owner, files_of, locked, read_small, read_whole, remove, remove_directory
 from offloadd.guix.files import replace as write_file
 from offloadd.guix.key import PUBLIC_KEY, read_public_key
@@ -48,7 +49,7 @@ class Record:
     after: str | None = None
     """SHA-256 of what we made of it; `directory`: a directory; None: it was not made to the end."""
     keys: tuple[str, ...] = ()
-    """Fingerprints that were put into it, when it is an ACL."""
+    """Fingerprints that were put into it, when it is an ACL; while `after` is None, those that were to be."""
 
 
 def setup_name(which: str, directory: Path) -> str:
@@ -110,28 +111,34 @@ class Journal:
         return {record.machine for record in self.records} - {""}
 
     @contextmanager
-    def recording(self, machine: str, paths: Sequence[Path]) -> Iterator[list[str]]:
+    def recording(
+        self, machine: str, paths: Sequence[Path], intended: Callable[[], Iterable[str]] = tuple
+    ) -> Iterator[list[str]]:
         """Record what the block makes of these files, and of the directories on the way; an ACL's new keys go into the list.
 
+        Args:
+            intended: tells the keys that are to be put into an ACL, in case that the block does not come to its end.
         Raises:
             NotAllowedError, HostError: a file cannot be read, or the journal not be written.
+            OffloadError: from `intended`.
         """
         with self._alone():
-            yield from self._record(machine, paths)
+            yield from self._record(machine, paths, tuple(intended()))
 
-    def _record(self, machine: str, paths: Sequence[Path]) -> Iterator[list[str]]:
+    def _record(self, machine: str, paths: Sequence[Path], intended: tuple[str, ...]) -> Iterator[list[str]]:
         keys: list[str] = []
         began = len(self.records)
         for path in paths:
             self._note_directories(path.parent, machine)
-            self.records.append(Record(path, machine, _content(path)))
+            self.records.append(Record(path, machine, _content(path), keys=intended))
         self._save()
         try:
             yield keys
         finally:
             done = [_completed(record, tuple(keys)) for record in self.records[began:]]
             self.records[began:] = [record for record in done if record is not None]
-            for record in self.records[began:]:
+            # Also of an earlier one that was interrupted.
+            for record in self.records:
                 if record.keys:
                     self._originals.setdefault(str(record.path), record.before)
             self._save()
@@ -183,9 +190,13 @@ class Journal:
             with suppress(OffloadError):
                 remove_directory(record.path)
             return None
-        if record.keys:
-            return self._take_out(record)
         now = _content(record.path)
+        if record.keys:
+            if record.after is None:
+                # The comments are written before the ACL.
+                forget_comments(record.path, record.keys)
+            if record.after is not None or now != record.before:
+                return self._take_out(record)
         if now == record.before:
             return "was gone already" if now is None else None
         if record.after is None or _digest(now) != record.after:
@@ -234,7 +245,7 @@ def _completed(record: Record, keys: tuple[str, ...]) -> Record | None:
     now = _content(record.path)
     if now == record.before:
         return None
-    return replace(record, after=_digest(now), keys=keys)
+    return replace(record, after=_digest(now), keys=keys or record.keys)
 
 
 def _content(path: Path) -> str | None:

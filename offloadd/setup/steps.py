@@ -26,6 +26,8 @@ class Step:
     """Those that it would write now.  NotFoundError: all of them, as what they are made of is still to be made."""
     do: Callable[[], Iterable[str]]
     """Do it; the fingerprints that were put into an ACL."""
+    intended: Callable[[], Iterable[str]] = tuple
+    """The fingerprints that it would put into an ACL now."""
 
     def wanted(self) -> list[Path]:
         """The files that it would write now."""
@@ -46,7 +48,7 @@ def perform(steps: Sequence[Step], journal: Journal) -> Iterator[Path]:
         step.wanted()
     for step in steps:
         if wanted := step.wanted():
-            with journal.recording(step.machine, step.paths) as keys:
+            with journal.recording(step.machine, step.paths, step.intended) as keys:
                 keys += step.do()
             yield from wanted
 

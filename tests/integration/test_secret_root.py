@@ -6,13 +6,18 @@ import errno
 import os
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from offloadd.errors import HostError
+from offloadd.guest import guix_secrets, secret_root
+from offloadd.guest.guix_secrets import GUIX, ensure_guix_secrets, renew_signing_key
 from offloadd.guest.secret_root import SecretRoot, ensure_secret_root, write_new
 from offloadd.guest.secret_service import read_secret_root
+from offloadd.guix.acl import ACL, Acl, open_acl
+from offloadd.guix.key import PUBLIC_KEY, make_signing_key, read_public_key
 
 
 def keygen(*arguments: str | Path) -> str:
@@ -148,6 +153,88 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
             ensure_secret_root("vm", tmp_path / "secrets")
     assert not [path for path in (tmp_path / "secrets").rglob("*") if not path.is_dir()]
     assert ensure_secret_root("vm", tmp_path / "secrets").client_key.exists()
+
+
+def test_files_are_on_the_disk_before_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power loss leaves empty keys, which nothing makes anew."""
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        about = os.fstat(descriptor)
+        done.append(("directory", about.st_ino) if stat.S_ISDIR(about.st_mode) else (f"{about.st_size} bytes", about.st_ino))
+        fsync(descriptor)
+
+    def note_replace(path: Path, target: Path) -> Path:
+        done.append(("named", path.stat().st_ino))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    write_new(tmp_path / "key", b"secret", 0o600)
+    inode = (tmp_path / "key").stat().st_ino
+    assert done == [("6 bytes", inode), ("named", inode), ("directory", tmp_path.stat().st_ino)]
+
+
+def test_no_stale_public_half_is_beside_a_new_key(made: SecretRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped there, it would be taken for the other half for ever."""
+    made.client_key.unlink()
+
+    def stopped(path: Path, *_: object) -> None:
+        assert path == made.client_key
+        assert not path.with_name("id_ed25519.pub").exists()
+        raise OSError(errno.EIO, "stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(secret_root, "write_new", stopped)
+        with pytest.raises(HostError, match="stopped"):
+            ensure_secret_root("vm", tmp_path / "secrets")
+
+
+class Killed(BaseException):
+    """Nothing of ours is done after it."""
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_renewal_of_guix_s_key_that_was_killed_is_completed(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUIX_CONFIGURATION_DIRECTORY", str(tmp_path / "host"))
+    folder = tmp_path / "root" / GUIX
+    ensure_guix_secrets(tmp_path / "root")
+    friend = make_signing_key(tmp_path / "friend").public
+    with open_acl(folder / ACL) as acl:
+        acl.authorize(friend)
+    calls = 0
+
+    def killing(real: Callable[..., object]) -> Callable[..., object]:
+        def change(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise Killed
+            return real(*arguments)
+
+        return change
+
+    with monkeypatch.context() as patched:
+        for name in ("open_acl", "remove", "make_signing_key"):
+            patched.setattr(guix_secrets, name, killing(getattr(guix_secrets, name)))
+        try:
+            renew_signing_key(tmp_path / "root")
+        except Killed:
+            assert at < 6
+    ensure_guix_secrets(tmp_path / "root")
+    # The key that is there, and no other one of ours.
+    assert {entry.key for entry in Acl.read(folder / ACL).entries} == {friend, read_public_key(folder / PUBLIC_KEY)}
+
+
+def test_a_list_of_guix_s_that_is_a_link_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "root" / GUIX
+    make_signing_key(folder)
+    (tmp_path / "declared").write_bytes(b"(acl)")
+    (folder / ACL).symlink_to(tmp_path / "declared")
+    ensure_guix_secrets(tmp_path / "root")
+    assert (folder / ACL).is_symlink()
+    assert (tmp_path / "declared").read_bytes() == b"(acl)"
 
 
 def test_what_a_killed_daemon_left_half_written_is_not_sent(made: SecretRoot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloadd.errors import ConfigError, NotAllowedError, NotFoundError, UsageError
-from offloadd.guix.acl import Acl, Entry, known_names, open_acl
+from offloadd.errors import ConfigError, HostError, NotAllowedError, NotFoundError, UsageError
+from offloadd.guix import acl as module
+from offloadd.guix.acl import Acl, Entry, forget_comments, known_names, open_acl
 from offloadd.guix.key import PublicKey, as_public_key, make_signing_key
-from offloadd.guix.sexp import Sexp, parse_sexp
+from offloadd.guix.sexp import MAX_SIZE, Sexp, parse_sexp
+from offloadd.guix.trust import keys_for_guest
 
 _ENTRY = b"""\
  (entry\x20
@@ -195,6 +198,102 @@ def test_comments_are_beside_the_list(path: Path) -> None:
     assert [entry.comment for entry in Acl.read(path).entries] == ["other", ""]
     with open_acl(path) as acl:
         acl.revoke(key(0x92).fingerprint)
+    assert not side.exists()
+
+
+class Killed(BaseException):
+    """Nothing of ours is done after it."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("revoke", [False, True])
+def test_a_key_is_never_there_without_its_comment(path: Path, at: int, revoke: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a guest's key is handed to the other guests, as one of the user's."""
+    own = make_signing_key(path.parent).public
+    authorize(path, 0x91)
+    if revoke:
+        authorize(path, 0x92, comment="offload: guest")
+    calls = 0
+
+    def killing(real: Callable[..., None]) -> Callable[..., None]:
+        def change(*arguments: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise Killed
+            real(*arguments)
+
+        return change
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "remove"):
+            patched.setattr(module, name, killing(getattr(module, name)))
+        try:
+            with open_acl(path) as acl:
+                _ = acl.revoke(key(0x92).fingerprint) if revoke else acl.authorize(key(0x92), "offload: guest")
+        except Killed:
+            assert at < 3
+    found = Acl.read(path).find(key(0x92))
+    assert found is None or found.comment == "offload: guest"
+    assert keys_for_guest(path.parent) == [key(0x91), own]
+    # And again, to the end.
+    with open_acl(path) as acl:
+        acl.authorize(key(0x92), "offload: guest")
+    assert Acl.read(path).entries[0].comment == "offload: guest"
+
+
+def link_to_nothing(comments: Path) -> None:
+    comments.symlink_to("nothing")
+
+
+def make_too_large(comments: Path) -> None:
+    comments.write_text(" " * (MAX_SIZE + 1))
+
+
+def make_link(comments: Path) -> None:
+    comments.with_name("target").write_text("")
+    comments.symlink_to("target")
+
+
+@pytest.mark.parametrize("make", [make_link, link_to_nothing, Path.mkdir])
+def test_comments_that_cannot_be_written_are_refused_first(path: Path, make: Callable[[Path], None]) -> None:
+    authorize(path, 0x91)
+    make(path.with_name("acl.comments"))
+    with pytest.raises((NotAllowedError, HostError)):
+        authorize(path, 0x92, comment="offload: guest")
+    assert path.read_bytes() == guix_text(0x91)
+
+
+def test_a_link_with_comments_is_refused_before_a_key_is_revoked(path: Path) -> None:
+    authorize(path, 0x91, comment="ours")
+    side = path.with_name("acl.comments")
+    side.rename(path.with_name("target"))
+    side.symlink_to("target")
+    with pytest.raises(NotAllowedError, match="symbolic link"), open_acl(path) as acl:
+        acl.revoke(key(0x91).fingerprint)
+    assert path.read_bytes() == guix_text(0x91)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, link_to_nothing, make_too_large])
+def test_comments_that_cannot_be_read_are_not_taken_for_none(path: Path, make: Callable[[Path], None]) -> None:
+    authorize(path, 0x91)
+    make_signing_key(path.parent)
+    make(path.with_name("acl.comments"))
+    with pytest.raises((NotAllowedError, HostError), match=r"acl\.comments"):
+        Acl.read(path)
+    with pytest.raises((NotAllowedError, HostError)):
+        keys_for_guest(path.parent)
+
+
+def test_comments_of_keys_that_are_not_there_are_forgotten(path: Path) -> None:
+    forget_comments(path, [key(0x91).fingerprint])
+    authorize(path, 0x91, comment="one")
+    side = path.with_name("acl.comments")
+    side.write_text(f"{key(0x92).fingerprint} two\n{side.read_text()}")
+    forget_comments(path, [key(0x91).fingerprint, key(0x92).fingerprint])
+    assert side.read_text() == f"{key(0x91).fingerprint} one\n"
+    path.write_bytes(b"(acl)")
+    forget_comments(path, [key(0x91).fingerprint])
     assert not side.exists()
 
 

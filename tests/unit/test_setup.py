@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offloadd.errors import HostError, NotAllowedError, NotFoundError, UsageError
+from offloadd.guix import acl as acl_module
+from offloadd.guix import files
 from offloadd.guix.acl import Acl, open_acl
 from offloadd.guix.files import Owner
 from offloadd.guix.key import make_signing_key, read_public_key
 from offloadd.setup import journal, steps
 from offloadd.setup.guix import Guest, GuixHost, guix_steps
-from offloadd.setup.journal import Journal
+from offloadd.setup.journal import Journal, Record
 from offloadd.setup.nix import nix_steps
 from offloadd.setup.steps import Step, perform
 
@@ -156,6 +159,58 @@ def test_a_step_that_fails_leaves_what_was_done_until_then_undoable(bench: Bench
     bench.guests[1].client_key.write_text("key of two\n")
     bench.undo()
     assert bench.tree() == before
+
+
+class Killed(BaseException):
+    """Nothing of ours is done after it."""
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_key_of_a_setup_that_was_killed_is_taken_out(
+    bench: Bench, there: bool, changed: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the step of this host's ACL, before it was noted as done; `changed`: after the change, else after its comments."""
+    if there:
+        make_signing_key(bench.etc)
+        (bench.etc / "acl").write_bytes(b"(acl )")
+    before = bench.tree()
+    acl, completed = bench.etc / "acl", journal._completed
+
+    def complete(record: Record, keys: tuple[str, ...]) -> Record | None:
+        if record.path == acl:
+            raise Killed
+        return completed(record, keys)
+
+    def write(path: Path, *arguments: Any) -> None:
+        if path == acl:
+            raise Killed
+        files.replace(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_completed", complete)
+        if not changed:
+            patched.setattr(acl_module, "replace", write)
+        with pytest.raises(Killed):
+            bench.set_up()
+    guest = read_public_key(bench.root / "secrets/one/root/etc/guix/signing-key.pub")
+    assert (bench.etc / "acl.comments").exists()
+    assert (Acl.read(acl).find(guest) is not None) == changed
+    if again:
+        bench.set_up()
+    bench.undo()
+    assert Acl.read(acl).find(guest) is None
+    assert bench.tree() == before
+    assert not bench.journal.exists()
+
+
+def test_a_record_of_an_interrupted_change_that_names_no_keys_is_still_read(bench: Bench) -> None:
+    bench.journal.parent.mkdir()
+    row: dict[str, object] = {"path": str(bench.root / "file"), "machine": "one", "before": None, "after": None, "keys": []}
+    bench.journal.write_text(json.dumps({"version": 1, "originals": {}, "records": [row]}))
+    (bench.root / "file").write_text("half")
+    assert bench.undo() == {"file": "left: it has been changed since"}
 
 
 @pytest.mark.parametrize("name", ["machines.scm", "acl"])

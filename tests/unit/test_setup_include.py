@@ -71,6 +71,18 @@ def test_what_is_no_scheme_is_refused(text: str, place: str) -> None:
         include(text, OURS, FILE)
 
 
+@pytest.mark.parametrize("text", ["#;" * 5000 + " a" * 5001, "#;(" * 5000 + ")" * 5000 + "a", "(#;" * 5000 + "a" + ")" * 5000])
+def test_comments_that_are_nested_too_deep_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"machines.scm:1:1\d\d: is nested more than 50 deep"):
+        include(text, OURS, FILE)
+
+
+def test_comments_are_nested_as_deep_as_elsewhere_and_follow_each_other_without_end() -> None:
+    for text in ("#;" * 50 + " a" * 50, "#;(a) " * 5000, "(a) #;" * 5000 + "a\n"):
+        last = "(a)" if text.startswith("(") else "b"
+        assert f"(append\n{last}\n;" in include(text + ("" if last == "(a)" else " b"), OURS, FILE)
+
+
 @given(st.text(alphabet="()[]\"'`,@#;!|\\{} \nax"))
 def test_anything_is_read_or_refused(text: str) -> None:
     try:
