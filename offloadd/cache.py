@@ -23,8 +23,8 @@ from pathlib import Path
 
 import trio
 
-from offloadd.errors import HostError, NotAllowedError, OffloadError
-from offloadd.process import Progress, full_disk, is_disk_full, run_program, silent
+from offloadd.errors import HostError, NotAllowedError, OffloadError, is_disk_full
+from offloadd.process import Progress, full_disk, run_program, silent
 
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
 # A thread that waits in flock() cannot be cancelled, so the lock is asked for again and again.

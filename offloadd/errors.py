@@ -21,6 +21,7 @@ Each error says what happened, to which machine, image or build (`subject`), wha
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -199,6 +200,10 @@ class FetchError(TransientError):
 
 class ProtocolError(TransientError):
     """A guest broke the protocol: what it sent is not trusted."""
+
+
+def is_disk_full(exc: OSError) -> bool:
+    return exc.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _all_subclasses(cls: type[OffloadError]) -> dict[str, type[OffloadError]]:

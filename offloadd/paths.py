@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offloadd.directories import SOCKET, base_directory, runtime_directory, state_directory
-from offloadd.errors import NotAllowedError
+from offloadd.errors import HostError, NotAllowedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,21 @@ def shipped() -> Path:
 
 
 def find_paths() -> Paths:
-    """The directories of this user; nothing is created."""
-    return Paths(
-        config=Path(base_directory("XDG_CONFIG_HOME", ".config")),
-        state=Path(state_directory()),
-        cache=Path(base_directory("XDG_CACHE_HOME", ".cache")),
-        runtime=Path(runtime_directory()),
-    )
+    """The directories of this user; nothing is created.
+
+    Raises:
+        HostError: this user has no home directory.
+    """
+    try:
+        return Paths(
+            config=Path(base_directory("XDG_CONFIG_HOME", ".config")),
+            state=Path(state_directory()),
+            cache=Path(base_directory("XDG_CACHE_HOME", ".cache")),
+            runtime=Path(runtime_directory()),
+        )
+    except FileNotFoundError as exc:
+        hint = "set HOME, or all of XDG_CONFIG_HOME, XDG_STATE_HOME and XDG_CACHE_HOME, to directories of yours"
+        raise HostError(str(exc.strerror), subject=str(exc.filename), hint=hint) from exc
 
 
 def check_ours(directory: Path) -> None:

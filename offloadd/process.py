@@ -5,7 +5,6 @@ Nothing here parses what a program prints; the caller's `on_line` does.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from offloadd.errors import HostError, OffloadError
+from offloadd.errors import HostError, OffloadError, is_disk_full
 from offloadd.nursery import open_narrow_nursery
 
 Progress = Callable[[str, float | None], None]
@@ -185,10 +184,6 @@ def host_error(exc: OSError, subject: str, where: Path) -> OffloadError:
     if is_disk_full(exc):
         return full_disk(subject, where)
     return HostError(f"{exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}", subject=subject)
-
-
-def is_disk_full(exc: OSError) -> bool:
-    return exc.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _failure(

@@ -61,6 +61,8 @@ def log(
                     print_text(json.dumps(event, ensure_ascii=False))
                 elif event.get("event") == "log":
                     stream.write(str(event["text"]))
+                    if stream.error:
+                        raise stream.error
         finally:
             stream.end()
 

@@ -12,10 +12,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from offload_cli.terminal import say, say_error
+from offload_cli.terminal import discard, say, say_error
 from offload_cli.words import EXIT_STATUSES
 from offloadd import __version__
-from offloadd.errors import OffloadError
+from offloadd.errors import HostError, OffloadError, is_disk_full
 
 INTERRUPTED = 130
 
@@ -58,8 +58,8 @@ class _Commands(TyperGroup):
                 say("interrupted")
             raise typer.Exit(INTERRUPTED) from exc
         except BrokenPipeError as exc:
-            # Whoever read our output (`| head`) has enough; Python would complain once more when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever read our output (`| head`) has enough.
+            discard(sys.stdout)
             raise typer.Exit(128 + signal.SIGPIPE) from exc
 
 
@@ -121,14 +121,27 @@ def main() -> None:
         # `nohup` has SIGHUP ignored, and means it.
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
-    status = 0
+    status, full = 0, False
     try:
         make_app(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="offload")
     except SystemExit as exc:
         status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except OSError as exc:
+        full = is_disk_full(exc)
+        if not full:
+            raise
+    # Also what could not be written before is in there still.
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except OSError as exc:
+            full = full or is_disk_full(exc)
+        except ValueError:
+            pass  # it is closed
+    if full:
+        with suppress(OSError):
+            say_error(HostError("the disk is full: not all of the output was written"))
+        status = status or HostError.exit_status
     os._exit(status)
 
 

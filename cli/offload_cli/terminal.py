@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from offloadd.errors import OffloadError
+from offloadd.errors import OffloadError, is_disk_full
 
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 # ECMA-48: control sequences, control strings (ended by BEL or ST), two-character escapes; then the other control characters.
@@ -82,6 +83,13 @@ def print_json(value: Any) -> None:
     print_text(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def discard(stream: IO[Any]) -> None:
+    """Have what is still in it go nowhere: Python would complain once more when it flushes."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
 class Log(Protocol):
     """Where a build's log goes."""
 
@@ -93,28 +101,35 @@ class Log(Protocol):
 
 
 class LogStream:
-    """Where a build's log goes: raw, except to a terminal.  When nobody reads it any more the build goes on."""
+    """Where a build's log goes: raw, except to a terminal.
+
+    When nobody reads it any more, or the disk is full, the build goes on.
+    """
 
     def __init__(self, *, to_stderr: bool = False) -> None:
         stream = sys.stderr if to_stderr else sys.stdout
         self._stream = stream.buffer
         self._terminal = stream.isatty()
         self._cleaner = Cleaner()
-        self._broken = False
+        self.error: OSError | None = None
+        """Why it takes no more."""
         self.line_open = False
         """Whether the last line has no end yet, on a terminal."""
 
     def write(self, text: str) -> None:
         if self._terminal:
             text = self._cleaner.feed(text)
-        if not text or self._broken:
+        if not text or self.error:
             return
         self.line_open = self._terminal and not text.endswith("\n")
         try:
             self._stream.write(text.encode("utf-8", "replace"))
             self._stream.flush()
-        except BrokenPipeError:
-            self._broken = True
+        except OSError as exc:
+            self.error = exc
+            if is_disk_full(exc):
+                say("the log cannot be written any more: the disk is full")
+                discard(self._stream)
 
     def end(self) -> None:
         """Give the terminal back: its own colours, at the beginning of a line."""
@@ -123,5 +138,5 @@ class LogStream:
         if self.line_open:
             self._stream.write(b"\n")
             self.line_open = False
-        if not self._broken:
+        if not self.error:
             self._stream.flush()

@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `offloadd`."""
     options = _parse(arguments)
     _set_up_logging()
-    paths = find_paths()
     try:
-        trio.run(partial(run_daemon, paths, idle_timeout_s=options.idle_timeout))
+        trio.run(partial(run_daemon, find_paths(), idle_timeout_s=options.idle_timeout))
     except* OffloadError as group:
         error = group.exceptions[0]
         while isinstance(error, BaseExceptionGroup):
@@ -82,11 +81,12 @@ async def run_daemon(paths: Paths, *, idle_timeout_s: float) -> None:
     """Serve until SIGTERM, SIGINT, a request to stop, or idleness.
 
     Raises:
-        NotAllowedError: another daemon serves this user already.
+        NotAllowedError: another daemon has this state, or this socket.
     """
     make_private(paths.state)
     make_private(paths.runtime)
-    with _only_one(paths), _listen(paths.socket) as listener:
+    # Both: who sets one of their variables alone would have two daemons with one socket, or with one state.
+    with _only_one(paths.state), _only_one(paths.runtime), _listen(paths.socket) as listener:
         # The signals are outermost: a second one hurries what the first has begun.
         async with open_narrow_nursery() as nursery:
             async with open_service(paths, idle_timeout_s=idle_timeout_s) as service, open_doors(service) as doors:
@@ -98,20 +98,21 @@ async def run_daemon(paths: Paths, *, idle_timeout_s: float) -> None:
     log.info("ended")
 
 
-def _only_one(paths: Paths) -> Any:
+def _only_one(directory: Path) -> Any:
     """A lock that the kernel takes back whatever happens to us."""
-    lock = (paths.state / "offloadd.lock").open("w")
+    lock = (directory / "offloadd.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
-        raise NotAllowedError("runs already for this user", subject="offloadd", hint="offload daemon status") from exc
+        what = f"runs already for this user, with {directory}"
+        raise NotAllowedError(what, subject="offloadd", hint="offload daemon status") from exc
     return lock
 
 
 def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
-    path.unlink(missing_ok=True)  # a killed daemon's; we hold the lock
+    path.unlink(missing_ok=True)  # a killed daemon's; we hold the lock of its folder
     try:
         # The folder is for us alone, so nobody can be faster than chmod.
         listener.bind(str(path))

@@ -250,6 +250,36 @@ def test_nobody_follows_any_more(daemon: StubDaemon) -> None:
     assert f"POST /v1/builds/{BUILD}/cancel" in daemon.asked
 
 
+def into_full_disk(daemon: StubDaemon, *words: str, unbuffered: str) -> tuple[int, str]:
+    """Exit status and standard error."""
+    command = [sys.executable, "-m", "offload_cli", *words]
+    env = {**daemon.env, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, env=env, cwd=daemon.root, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False
+        )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [("--help",), ("builds",), ("builds", "--json"), ("log", BUILD)], ids=" ".join)
+def test_a_full_disk_below_the_output(daemon: StubDaemon, words: tuple[str, ...], unbuffered: str) -> None:
+    daemon.answers["GET /v1/builds?limit=20"] = []
+    status, err = into_full_disk(daemon, *words, unbuffered=unbuffered)
+    assert (status, err.splitlines()[-1]) == (75, "offload: the disk is full: not all of the output was written")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_below_the_log(daemon: StubDaemon, unbuffered: str) -> None:
+    daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, LOG, END]
+    status, err = into_full_disk(daemon, "build", "p", "--", "make", unbuffered=unbuffered)
+    assert status == 0, "the build's own"
+    assert err.count("offload: the log cannot be written any more: the disk is full\n") == 1
+    assert "p 0: succeeded" in err
+    assert (daemon.root / "offload-out/p-0/build.json").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_cancel_the_build(daemon: StubDaemon, number: signal.Signals) -> None:
     daemon.answers[f"GET /v1/builds/{BUILD}/events"] = [LOG, {"event": "wait"}]

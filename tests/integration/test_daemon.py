@@ -62,9 +62,9 @@ class Daemon:
         path = {"PYTHONPATH": str(Path(offloadd.__file__).parent.parent)}
         return os.environ | path | {f"XDG_{name}": str(self.root / folder) for name, folder in folders.items()}
 
-    def spawn(self, *arguments: str) -> subprocess.Popen[str]:
+    def spawn(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "offloadd.daemon.main", *arguments]
-        return subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=self.env | env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def start(self, *arguments: str) -> Client:
         self.process = self.spawn(*arguments)
@@ -185,8 +185,31 @@ def test_a_second_daemon_is_refused(daemon: Daemon) -> None:
         second = daemon.spawn()
         _, errors = second.communicate(timeout=20)
         assert second.returncode == 6
-        assert errors == "offloadd: offloadd: runs already for this user\n  hint: offload daemon status\n"
+        what = f"runs already for this user, with {daemon.paths.state}"
+        assert errors == f"offloadd: offloadd: {what}\n  hint: offload daemon status\n"
         assert client.answers()
+
+
+def test_a_second_daemon_with_the_same_socket_is_refused(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.start() as client:
+        second = daemon.spawn(XDG_STATE_HOME=str(tmp_path))
+        _, errors = second.communicate(timeout=20)
+        assert second.returncode == 6
+        assert f"runs already for this user, with {daemon.paths.runtime}" in errors
+        assert client.answers()
+
+
+@pytest.mark.parametrize(("module", "words"), [("offloadd.daemon.main", []), ("offload_cli.entry", ["vm", "list"])])
+def test_without_a_home_directory(daemon: Daemon, module: str, words: list[str]) -> None:
+    # As where the user has no entry: whoever has none may not be able to read this Python.
+    code = f"import os, {module}; os.path.expanduser = lambda path: path; {module}.main()"
+    env = {name: value for name, value in daemon.env.items() if not name.startswith("XDG_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 75, done.stderr
+    assert f"user {os.getuid()}: has no home directory\n  hint: set HOME" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_killed_daemon_is_no_obstacle(daemon: Daemon) -> None:
