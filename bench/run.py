@@ -101,7 +101,7 @@ def _measure(parts: tuple[str, ...], facts: dict[str, str], *, quick: bool) -> l
             lambda: measure_command(place, limit(15, 5, 15), _tell("builds")),
         )
         collect("throughput", lambda: measure_throughput(place, limit(60, 1, 2), _tell("throughput"), quick=quick))
-        collect("compile", lambda: measure_compile(place, limit(100, 3, 5), _tell("compile")))
+        collect("compile", lambda: measure_compile(place, limit(100, 5, 7), _tell("compile")))
         collect("slots", lambda: measure_slots(place, limit(40, 1, 3), _tell("slots")))
         collect(
             "routes",
