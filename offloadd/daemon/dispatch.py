@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import structlog
 import trio
 
+from offloadd.daemon.noted import noted
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.survey import Survey
 from offloadd.daemon.workshop import Workshop
 from offloadd.errors import (
     AgentError,
     BootError,
-    HostError,
     MachineLostError,
     NotFoundError,
     OffloadError,
@@ -130,16 +130,11 @@ class Dispatcher:
             try:
                 yield Assignment(machine=machine, decision=decision, emulation=emulations[machine.name])
             except OffloadError as exc:
-                self._note_surely(machine.name, exc)
+                with noted(machine.name):
+                    self._note(machine.name, exc)
                 raise
-            self._note_surely(machine.name, None)
-
-    def _note_surely(self, machine: str, error: OffloadError | None) -> None:
-        """A build is as good as it is, also where that cannot be noted."""
-        try:
-            self._note(machine, error)
-        except HostError as exc:
-            log.error("not noted", machine=machine, error=str(exc))
+            with noted(machine.name):
+                self._note(machine.name, None)
 
     def _note(self, machine: str, error: OffloadError | None) -> None:
         """Keep the machine's breaker."""

@@ -16,10 +16,11 @@ import structlog
 import trio
 
 from offloadd.daemon.machines import Machines, RunningMachine
+from offloadd.daemon.noted import noted
 from offloadd.daemon.offers import offers, with_copied_keys
 from offloadd.daemon.slots import Slots
 from offloadd.daemon.workshop import Workshop
-from offloadd.errors import CancelledError, HostError, NotFoundError, OffloadError
+from offloadd.errors import CancelledError, NotFoundError, OffloadError
 from offloadd.model.offer import Offer
 from offloadd.model.offload import OffloadRequest
 from offloadd.nursery import open_narrow_nursery
@@ -147,7 +148,7 @@ class Offloading:
         if minded is not None and not minded.is_ending:  # one that is being stopped is started anew after that
             del self._minded[machine]
             minded.scope.cancel()
-        with _noted(machine):
+        with noted(machine):
             self._mark(machine).unlink(missing_ok=True)
 
     def resume(self) -> None:
@@ -159,7 +160,7 @@ class Offloading:
                 mark.unlink(missing_ok=True)
 
     def _start(self, name: str) -> None:
-        with _noted(name):
+        with noted(name):
             self._marks.mkdir(mode=0o700, exist_ok=True)
             self._mark(name).touch()
         log.info("machine wanted by a build daemon", machine=name)
@@ -182,7 +183,7 @@ class Offloading:
                 self._note_failure(name, exc)
         if self._minded.get(name) is minded:
             del self._minded[name]
-            with _noted(name):
+            with noted(name):
                 self._mark(name).unlink(missing_ok=True)
 
     async def _wait_idle(self, name: str, running: RunningMachine, minded: _Minded) -> None:
@@ -218,27 +219,18 @@ class Offloading:
 
     def _note_success(self, name: str) -> None:
         database = self._workshop.database
-        with _noted(name):
+        with noted(name):
             if (breaker := database.breaker(name)).failures:
                 database.store_breaker(name, breaker.after_success())
 
     def _note_failure(self, name: str, error: OffloadError) -> None:
         log.error("machine not started for a build daemon", machine=name, error=str(error))
         database = self._workshop.database
-        with _noted(name):
+        with noted(name):
             database.store_breaker(name, database.breaker(name).after_failure(time.time()))
 
     def _mark(self, name: str) -> Path:
         return self._marks / name
-
-
-@contextmanager
-def _noted(machine: str) -> Iterator[None]:
-    """What cannot be noted, as the disk is full, must not take the builds and the machines along."""
-    try:
-        yield
-    except (HostError, OSError) as exc:
-        log.error("not noted", machine=machine, error=str(exc))
 
 
 class _Minded:
