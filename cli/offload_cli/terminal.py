@@ -125,11 +125,14 @@ class LogStream:
         try:
             self._stream.write(text.encode("utf-8", "replace"))
             self._stream.flush()
-        except OSError as exc:
+        except BrokenPipeError as exc:
             self.error = exc
-            if is_disk_full(exc):
-                say("the log cannot be written any more: the disk is full")
-                discard(self._stream)
+        except OSError as exc:
+            if not is_disk_full(exc):
+                raise
+            self.error = exc
+            say("the log cannot be written any more: the disk is full")
+            discard(self._stream)
 
     def end(self) -> None:
         """Give the terminal back: its own colours, at the beginning of a line."""

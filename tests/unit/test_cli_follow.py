@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def test_log_on_a_terminal_is_cleaned_and_leaves_it_in_order(monkeypatch: pytest
         log.write(piece)
     log.end()
     assert written.getvalue() == b"\x1b[31mred and open\x1b[0m\n"
+
+
+def test_a_terminal_that_is_gone_is_an_error_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, _: object) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stdout", Terminal(io.BufferedWriter(Gone())))
+    with pytest.raises(OSError, match="Input/output error"):
+        LogStream().write("nobody reads this")
 
 
 MACHINE = {"name": "vm", "ssh_port": 11022, "client_key": "/s/id"}
